@@ -1,0 +1,94 @@
+"""The mathematics of Kronecker-sparse weights, in plain PyTorch.
+
+`W = sum_i (S * A_i) (x) B_i` (Zhu, Zuo, Khalili, TMLR 2025, arXiv 2503.21928, eq. 2), with
+`block_size = (bo, bi)`, `O = out_features / bo`, `I = in_features / bi`:
+`W[j*bo + k, l*bi + m] = sum_i s[j, l] * a[i, j, l] * b[i, k, m]`.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["balanced_std", "block_norms", "kron_weight", "nearest_kronecker", "to_blocks"]
+
+
+def kron_weight(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Builds the dense weight `W = sum_i (s * a_i) (x) b_i`: the naive formula every faster path is tested against.
+
+    Args:
+        s: Mask factor S, `[O, I]`.
+        a: Factors A_i, `[rank, O, I]`.
+        b: Block factors B_i, `[rank, bo, bi]`.
+
+    Returns:
+        `[O * bo, I * bi]`.
+    """
+    out_blocks, in_blocks = s.shape
+    block_out, block_in = b.shape[1:]
+    blocks = (s * a).flatten(1).T @ b.flatten(1)  # [O * I, bo * bi]
+    blocks = blocks.view(out_blocks, in_blocks, block_out, block_in)
+    return blocks.transpose(1, 2).reshape(out_blocks * block_out, in_blocks * block_in)
+
+
+def to_blocks(weight: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """Rearranges a weight `[out, in]` into its blocks, one a row: `[O * I, bo * bi]` (Van Loan-Pitsianis)."""
+    block_out, block_in = block_size
+    out_features, in_features = weight.shape
+    blocks = weight.reshape(out_features // block_out, block_out, in_features // block_in, block_in)
+    return blocks.transpose(1, 2).reshape(-1, block_out * block_in)
+
+
+def nearest_kronecker(weight: Tensor, block_size: tuple[int, int], rank: int) -> tuple[Tensor, Tensor, float]:
+    """Best fit of `weight` by `sum_i a_i (x) b_i` in the Frobenius norm (Van Loan and Pitsianis, 1993).
+
+    The fit is exact when `rank` reaches the rank of the rearranged weight, at the latest at
+    `min(O * I, bo * bi)` (Proposition 1 of the paper). The singular values are shared equally between a and b.
+
+    Args:
+        weight: `[out_features, in_features]`, floating point and finite.
+        block_size: `(bo, bi)`, dividing the two sizes of `weight`.
+        rank: Number of terms.
+
+    Returns:
+        a `[rank, O, I]`, b `[rank, bo, bi]` in the dtype of `weight`, and the retained energy
+        `1 - ||W - What||_F^2 / ||W||_F^2` in [0, 1]. Terms beyond the exact rank contribute zero (their b is zero,
+        their a is not, so that they still receive gradients).
+    """
+    block_out, block_in = block_size
+    out_blocks, in_blocks = weight.shape[0] // block_out, weight.shape[1] // block_in
+    rows = to_blocks(weight, block_size)
+    rows = rows.double() if weight.dtype == torch.float64 else rows.float()
+    u, values, vh = torch.linalg.svd(rows, full_matrices=False)
+    kept = min(rank, len(values))
+    root = values[:kept].sqrt()
+    a = torch.randn(rank, out_blocks * in_blocks, dtype=rows.dtype, device=rows.device) * balanced_std(
+        rank, float(rows.var(correction=0))
+    )
+    b = rows.new_zeros(rank, block_out * block_in)
+    a[:kept] = (u[:, :kept] * root).T
+    b[:kept] = root[:, None] * vh[:kept]
+    energy = float(values.square().sum())
+    retained = float(values[:kept].square().sum()) / energy if energy > 0 else 1.0
+    a = a.view(rank, out_blocks, in_blocks).to(weight.dtype)
+    return a, b.view(rank, block_out, block_in).to(weight.dtype), retained
+
+
+def block_norms(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Frobenius norm of every block of W: `|s_jl| * || sum_i a_i,jl B_i ||_F`, without building W.
+
+    Uses the Gram matrix of the B_i, so it is invariant to rescaling S against A or A against B.
+
+    Returns:
+        `[O, I]`, in float64: the ranking of blocks decides masks and must not depend on rounding more than needed.
+    """
+    a, b = a.double(), b.double().flatten(1)
+    gram = b @ b.T  # [rank, rank]
+    squared = torch.einsum("rji,rq,qji->ji", a, gram, a)
+    return s.double().abs() * squared.clamp_min(0).sqrt()
+
+
+def balanced_std(rank: int, variance: float) -> float:
+    """Standard deviation of A and B that gives the entries of W the wanted variance when S is one.
+
+    `Var(W) = rank * Var(A) * Var(B)`, split equally: `std(A) = std(B) = (variance / rank) ** (1/4)`.
+    """
+    return (variance / rank) ** 0.25

@@ -1,0 +1,228 @@
+"""`KronLinear`: a linear layer whose weight is Kronecker-sparse."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf.factors import balanced_std, kron_weight, nearest_kronecker
+from kron_hf.ops import kron_linear
+
+__all__ = ["KronLinear", "resolve_block_size"]
+
+
+def resolve_block_size(
+    block_size: int | tuple[int, int], out_features: int, in_features: int, name: str = "KronLinear"
+) -> tuple[int, int]:
+    """The block size `(bo, bi)` of one layer: an int is a square block, -1 in a pair is the whole dimension.
+
+    Raises:
+        ValueError: The block does not divide the layer, or is no block size at all; names `name` and both numbers.
+    """
+    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < -1 or n == 0 for n in pair):
+        raise ValueError(
+            f"{name}: block_size must be a positive int or a pair (out, in) of positive ints (-1 in a pair = the "
+            f"whole dimension), got {block_size!r}"
+        )
+    if block_size == -1:
+        raise ValueError(f"{name}: block_size=-1 is only allowed inside a pair, as in (1, -1)")
+    block_out, block_in = (out_features if pair[0] == -1 else pair[0], in_features if pair[1] == -1 else pair[1])
+    if out_features % block_out or in_features % block_in:
+        raise ValueError(
+            f"{name}: block_size {(block_out, block_in)} does not divide its weight of shape "
+            f"{(out_features, in_features)} (out, in)"
+        )
+    return block_out, block_in
+
+
+class KronLinear(nn.Module):
+    r"""Linear layer `y = x W^T + bias` with `W = sum_i (S * A_i) (x) B_i` (paper, eq. 2).
+
+    A zero of S makes a whole `bo x bi` block of W zero. No dense weight is stored or trained.
+
+    Args:
+        in_features: Size of each input sample, `I * bi`.
+        out_features: Size of each output sample, `O * bo`.
+        block_size: `(bo, bi)`, or one int for square blocks; -1 in a pair is the whole dimension, so `(1, -1)` is a
+            plain low-rank layer.
+        rank: Number of Kronecker terms, r in the paper; at most `bo * bi`.
+        bias: Whether the layer has a bias.
+        device: As in `nn.Linear`.
+        dtype: As in `nn.Linear`.
+
+    Attributes:
+        s: Mask factor S, `[O, I]`.
+        a: Factors A_i, `[rank, O, I]`.
+        b: Block factors B_i, `[rank, bo, bi]`.
+        bias: `[out_features]` or None.
+        weight: An empty buffer that follows the dtype and device of the layer. It serves code that reads
+            `layer.weight.dtype`, and its shape makes loaders that do not know this layer fail; the weight itself is
+            `dense_weight()`.
+        dead_blocks: The frozen mask, bool `[O, I]`, True where a block must stay zero; None while no mask is frozen.
+
+    Raises:
+        ValueError: The block does not divide the layer, or the rank is outside `[1, bo * bi]`.
+
+    Example:
+        >>> import torch
+        >>> layer = KronLinear(8, 4, block_size=(2, 4), rank=2)
+        >>> layer(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+        >>> layer.dense_weight().shape
+        torch.Size([4, 8])
+    """
+
+    s: nn.Parameter
+    a: nn.Parameter
+    b: nn.Parameter
+    bias: nn.Parameter | None
+    weight: Tensor
+    dead_blocks: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int | tuple[int, int],
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size = resolve_block_size(block_size, out_features, in_features)
+        block_out, block_in = self.block_size
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= block_out * block_in:
+            raise ValueError(
+                f"KronLinear: rank must be an int from 1 to bo * bi = {block_out * block_in}, got {rank!r}"
+            )
+        self.rank = rank
+        self.out_blocks, self.in_blocks = out_features // block_out, in_features // block_in
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.s = nn.Parameter(torch.empty(self.out_blocks, self.in_blocks, **where))
+        self.a = nn.Parameter(torch.empty(rank, self.out_blocks, self.in_blocks, **where))
+        self.b = nn.Parameter(torch.empty(rank, block_out, block_in, **where))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, **where))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("weight", torch.empty(0, **where))
+        self.register_buffer("dead_blocks", None, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, variance: float | None = None) -> None:
+        """Draws a "balanced" random start: S = 1 and `std(A) = std(B) = (variance / rank) ** (1/4)`.
+
+        Args:
+            variance: Wanted variance of the entries of W; None is that of `nn.Linear`, `1 / (3 * in_features)`.
+        """
+        std = balanced_std(self.rank, 1 / (3 * self.in_features) if variance is None else variance)
+        self.dead_blocks = None
+        nn.init.ones_(self.s)
+        nn.init.normal_(self.a, std=std)
+        nn.init.normal_(self.b, std=std)
+        if self.bias is not None:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in_features]` to `[..., out_features]`."""
+        return kron_linear(x, self.masked_s(), self.a, self.b, self.bias)
+
+    def masked_s(self) -> Tensor:
+        """S under the frozen mask: dead entries are zero and get no gradient."""
+        return self.s if self.dead_blocks is None else self.s.masked_fill(self.dead_blocks, 0.0)
+
+    def dense_weight(self) -> Tensor:
+        """The weight W it stands for, `[out_features, in_features]`, differentiable."""
+        return kron_weight(self.masked_s(), self.a, self.b)
+
+    @property
+    def block_mask(self) -> Tensor:
+        """Which blocks of W are alive, bool `[O, I]`."""
+        return self.masked_s().detach() != 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zero blocks, in [0, 1]."""
+        return 1.0 - self.block_mask.float().mean().item()
+
+    @torch.no_grad()
+    def freeze_mask(self) -> None:
+        """Makes every present zero of S permanent: masked in the forward, without gradient, zero in what is saved."""
+        dead = self.s.detach() == 0
+        self.dead_blocks = dead if bool(dead.any()) else None
+
+    def unfreeze_mask(self) -> None:
+        """Lifts the frozen mask: zeros of S are ordinary values again, which training may move."""
+        self._zero_dead_blocks()
+        self.dead_blocks = None
+
+    @torch.no_grad()
+    def _zero_dead_blocks(self) -> None:
+        """Puts dead entries of S back to zero should an optimizer's momentum or noise have moved them."""
+        if self.dead_blocks is not None and bool((self.s[self.dead_blocks] != 0).any()):
+            self.s.masked_fill_(self.dead_blocks, 0.0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._zero_dead_blocks()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "s" in state_dict and not self.s.is_meta:
+            self.freeze_mask()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, block_size: int | tuple[int, int], rank: int) -> Self:
+        """The nearest Kronecker layer to a dense one in the Frobenius norm; exact at full rank. S starts at one."""
+        layer = cls.like(linear, block_size, rank)
+        with torch.no_grad():
+            a, b, _ = nearest_kronecker(linear.weight, layer.block_size, rank)
+            layer.a.copy_(a)
+            layer.b.copy_(b)
+        return layer
+
+    @classmethod
+    def like(cls, linear: nn.Linear, block_size: int | tuple[int, int], rank: int) -> Self:
+        """A randomly initialised layer with the sizes, device, dtype, mode and bias (copied) of a dense one."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            block_size,
+            rank,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        if layer.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the same function, on the same device and in the same dtype."""
+        linear = nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.s.device,
+            dtype=self.s.dtype,
+        )
+        linear.weight.copy_(self.dense_weight())
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The sizes, as `nn.Linear` shows them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
+            f"rank={self.rank}, bias={self.bias is not None}"
+        )
