@@ -1,0 +1,1 @@
+"""Kronecker-sparse layers for Hugging Face models."""

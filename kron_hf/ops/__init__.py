@@ -9,5 +9,5 @@ __all__ = ["kron_linear"]
 
 
 def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias."""
+    """Returns `x W^T + bias`."""
     return F.linear(x, kron_weight(s, a, b), bias)
