@@ -8,7 +8,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["balanced_std", "block_norms", "kron_weight", "nearest_kronecker", "to_blocks"]
+__all__ = ["balanced_std", "block_norms", "kron_flops", "kron_weight", "nearest_kronecker", "to_blocks"]
 
 
 def kron_weight(s: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -92,3 +92,15 @@ def balanced_std(rank: int, variance: float) -> float:
     `Var(W) = rank * Var(A) * Var(B)`, split equally: `std(A) = std(B) = (variance / rank) ** (1/4)`.
     """
     return (variance / rank) ** 0.25
+
+
+def kron_flops(out_features: int, in_features: int, block_size: tuple[int, int], rank: int) -> int:
+    """Forward FLOPs per token of the factored product, one multiply-add = 2 FLOPs (dense is `2 * in * out`).
+
+    The cheaper of the two orders (paper, Propositions 2-3): B first, `2r (in * bo + out * I)`, or A first,
+    `2r (in * O + out * bi)`.
+    """
+    block_out, block_in = block_size
+    b_first = in_features * block_out + out_features * (in_features // block_in)
+    a_first = in_features * (out_features // block_out) + out_features * block_in
+    return 2 * rank * min(b_first, a_first)

@@ -114,20 +114,25 @@ class KronLinear(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, variance: float | None = None) -> None:
+    def reset_parameters(self) -> None:
+        """Draws factors that give W the variance of `nn.Linear`, `1 / (3 * in_features)`, and a bias as there."""
+        self.reset_factors(1 / (3 * self.in_features))
+        if self.bias is not None:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @torch.no_grad()
+    def reset_factors(self, variance: float) -> None:
         """Draws a "balanced" random start: S = 1 and `std(A) = std(B) = (variance / rank) ** (1/4)`.
 
         Args:
-            variance: Wanted variance of the entries of W; None is that of `nn.Linear`, `1 / (3 * in_features)`.
+            variance: Wanted variance of the entries of W.
         """
-        std = balanced_std(self.rank, 1 / (3 * self.in_features) if variance is None else variance)
+        std = balanced_std(self.rank, variance)
         self.dead_blocks = None
         nn.init.ones_(self.s)
         nn.init.normal_(self.a, std=std)
         nn.init.normal_(self.b, std=std)
-        if self.bias is not None:
-            bound = self.in_features**-0.5
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`."""

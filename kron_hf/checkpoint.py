@@ -1,0 +1,257 @@
+"""Full checkpoints: plain transformers models with Kronecker layers that `from_pretrained` loads.
+
+transformers lets third parties load layers of their own through its quantizer hook. `config.json` then holds
+`quantization_config = {"quant_method": "kron", "format_version": 1, "modules": {name: {"block_size", "rank"}}}`:
+the resolved map, so that loading never matches a pattern. Private attributes of transformers are touched in this file
+and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kron_hf.layers import KronLinear
+
+__all__ = ["KronCheckpointConfig", "attach_kron_config", "detach_kron_config", "holds_trained_weights"]
+
+QUANT_METHOD = "kron"
+FORMAT_VERSION = 1
+# transformers refuses to build a model whose config names an unknown fusion. The quantizer below takes the entry out
+# again, so that exactly those who did not import kron_hf are stopped, whatever they pass to `from_pretrained`.
+GUARD = {"kron_hf (this checkpoint holds Kronecker layers: `pip install kron_hf`, then `import kron_hf` first)": True}
+
+
+@register_quantization_config(QUANT_METHOD)
+class KronCheckpointConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of `config.json`: which modules are Kronecker layers, with which sizes.
+
+    Args:
+        modules: `{module name: {"block_size": [bo, bi], "rank": r}}`.
+        format_version: Version of this layout.
+        quant_method: Always "kron".
+
+    Raises:
+        ValueError: The entry is not of a known version or is malformed.
+    """
+
+    def __init__(
+        self, modules: Any = None, format_version: Any = None, quant_method: str = QUANT_METHOD, **unknown: Any
+    ):
+        if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
+            raise ValueError(f"config.json: quantization_config.format_version must be an int, got {format_version!r}")
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"config.json: quantization_config.format_version is {format_version}, this kron_hf reads up to "
+                f"{FORMAT_VERSION}; upgrade kron_hf"
+            )
+        if unknown:
+            raise ValueError(f"config.json: quantization_config has unknown keys {sorted(unknown)}")
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
+        self.format_version = format_version
+        self.modules = _checked_modules(modules)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "KronCheckpointConfig":
+        """The entry that describes a model's present Kronecker layers."""
+        modules = {
+            name: {"block_size": list(layer.block_size), "rank": layer.rank}
+            for name, layer in model.named_modules()
+            if isinstance(layer, KronLinear)
+        }
+        return cls(modules=modules, format_version=FORMAT_VERSION)
+
+
+@register_quantizer(QUANT_METHOD)
+class KronHfQuantizer(HfQuantizer):
+    """Swaps the modules that the map names for Kronecker layers while transformers loads a checkpoint."""
+
+    quantization_config: KronCheckpointConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses `from_pretrained(dense_dir, quantization_config=...)`, which would drop the dense weights."""
+        if not self.pre_quantized:
+            raise ValueError(
+                "this checkpoint is dense: load it without quantization_config, then call "
+                "kron_hf.get_kron_model(model, KronConfig(init_weights=...))"
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one hook that sees the config before the model is built: takes the import guard out of it."""
+        if getattr(config, "fusion_config", None) == GUARD:
+            config.fusion_config = None
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = _names_in(model, self.quantization_config.modules)
+        layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
+        if kwargs.get("checkpoint_files") is not None:
+            stored = {stored_name: layers[name] for name, (stored_name, _) in modules.items()}
+            _check_files(kwargs["checkpoint_files"], stored)
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in model.named_modules():
+            if isinstance(layer, KronLinear):
+                _check_loaded(name, layer)
+                if not layer.s.is_meta:
+                    layer.freeze_mask()
+        del model.hf_quantizer
+        model.is_quantized = False
+        attach_kron_config(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving needs nothing from this hook."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Kronecker layers are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without it Trainer would refuse the model as "purely quantized"."""
+        return True
+
+
+def attach_kron_config(model: nn.Module) -> None:
+    """Makes a transformers model save and reload its Kronecker layers; a plain module is left as it is.
+
+    The config is copied first: another model may have been built from the same object.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = _own_config(model)
+    config.quantization_config = KronCheckpointConfig.of(model)
+    config.fusion_config = dict(GUARD)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    # transformers would rename tensors to older names on saving, which Trainer's resume and load_best_model_at_end,
+    # that use plain load_state_dict, then silently skip.
+    model._weight_conversions = []
+    model.add_model_tags(["kron_hf"])
+
+
+def detach_kron_config(model: nn.Module) -> None:
+    """Undoes `attach_kron_config`: what the model saves from now on is plain transformers."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = _own_config(model)
+    for name in ("quantization_config", "fusion_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    if "_weight_conversions" in vars(model):
+        del model._weight_conversions
+    if model.model_tags is not None and "kron_hf" in model.model_tags:
+        model.model_tags.remove("kron_hf")
+
+
+def holds_trained_weights(model: nn.Module, parameters: list[nn.Parameter]) -> bool:
+    """Whether `from_pretrained` filled one of these parameters; weights drawn from a config do not count."""
+    return isinstance(model, PreTrainedModel) and any(getattr(p, "_is_hf_initialized", False) for p in parameters)
+
+
+def _own_config(model: PreTrainedModel) -> Any:
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    return own
+
+
+def _checked_modules(modules: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(modules, dict) or not modules:
+        raise ValueError(f"config.json: quantization_config.modules must be a non-empty dict, got {modules!r:.80}")
+    for name, entry in modules.items():
+        sizes = entry.get("block_size") if isinstance(entry, dict) else None
+        numbers = [*sizes, entry.get("rank")] if isinstance(sizes, list | tuple) and len(sizes) == 2 else []
+        if not numbers or any(type(number) is not int or number < 1 for number in numbers) or len(entry) != 2:
+            raise ValueError(
+                f'config.json: quantization_config.modules[{name!r}] must be {{"block_size": [out, in], "rank": r}} '
+                f"with positive ints, got {entry!r:.80}"
+            )
+    return {name: {"block_size": list(entry["block_size"]), "rank": entry["rank"]} for name, entry in modules.items()}
+
+
+def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Maps stored module names to those of this class: `{name here: (stored name, entry)}`.
+
+    A backbone and a class with a head name the same module with and without `base_model_prefix`. Entries of modules
+    that this class lacks are skipped only when a headed checkpoint is loaded into its backbone.
+    """
+    present = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    if modules.keys() <= present:
+        return {name: (name, entry) for name, entry in modules.items()}
+    inner = {name.removeprefix(prefix): (name, entry) for name, entry in modules.items() if name.startswith(prefix)}
+    if inner and inner.keys() <= present:
+        return inner
+    outer = {prefix + name: (name, entry) for name, entry in modules.items()}
+    if outer.keys() <= present:
+        return outer
+    missing = sorted(modules.keys() - present)
+    raise ValueError(
+        f"config.json: {type(model).__name__} has no module {missing[0]!r} ({len(missing)} of the {len(modules)} in "
+        "quantization_config.modules are missing); was the architecture changed after saving?"
+    )
+
+
+def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLinear:
+    linear = model.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"config.json: module {name!r} is a {type(linear).__name__}, Kronecker layers replace nn.Linear"
+        )
+    try:
+        with torch.device("meta"):
+            block_size = (entry["block_size"][0], entry["block_size"][1])
+            bias = linear.bias is not None
+            return KronLinear(
+                linear.in_features, linear.out_features, block_size, entry["rank"], bias, dtype=linear.weight.dtype
+            )
+    except ValueError as error:
+        raise ValueError(
+            f"config.json: module {name!r} is {(linear.out_features, linear.in_features)} (out, in): {error}"
+        ) from None
+
+
+def _check_files(files: list[str], layers: dict[str, KronLinear]) -> None:
+    """Compares the headers of the weight files with the map, before anything is allocated."""
+    shapes: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        name = Path(file).name
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{name}: Kronecker checkpoints are safetensors files only")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                shapes |= {key: (name, handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{name}: not a readable safetensors file, perhaps truncated ({error})") from error
+    listed = ", ".join(Path(file).name for file in files)
+    for module_name, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            full = f"{module_name}.{key}"
+            if full not in shapes:
+                raise ValueError(f"{listed}: tensor {full!r} is missing")
+            file, shape = shapes[full]
+            if list(tensor.shape) != shape:
+                raise ValueError(
+                    f"{file}: tensor {full!r} has shape {shape}, config.json requires {list(tensor.shape)}"
+                )
+
+
+def _check_loaded(name: str, layer: KronLinear) -> None:
+    for key, parameter in layer.named_parameters():
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+            raise ValueError(f"tensor {f'{name}.{key}'!r} is missing from the given state_dict")

@@ -1,0 +1,139 @@
+"""`get_kron_model`: a transformers model with Kronecker-sparse projections."""
+
+from typing import Any, TypeVar, overload
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
+from kron_hf.config import KronConfig
+from kron_hf.surgery import make_layers, replace_modules
+from kron_hf.targets import Target, find_targets
+
+__all__ = ["get_kron_model"]
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@overload
+def get_kron_model(model: ModelT, config: KronConfig, /) -> ModelT: ...
+
+
+@overload
+def get_kron_model(
+    config: KronConfig, /, *, auto_class: Any = None, pretrained: bool = True, **model_kwargs: Any
+) -> PreTrainedModel: ...
+
+
+def get_kron_model(
+    model_or_config: nn.Module | KronConfig,
+    config: KronConfig | None = None,
+    /,
+    *,
+    auto_class: Any = None,
+    pretrained: bool = True,
+    **model_kwargs: Any,
+) -> nn.Module:
+    """Replaces the projections of a model by Kronecker layers, `W = sum_i (S * A_i) (x) B_i`.
+
+    Two forms: `get_kron_model(model, config)` converts the given model in place and returns it;
+    `get_kron_model(config, ...)` builds the model that `config.base_model_name_or_path` names first. The result is the
+    ordinary transformers model: `Trainer`, `save_pretrained`, `push_to_hub` and `from_pretrained` work as on any other.
+    Everything is checked before the model is touched.
+
+    Args:
+        model_or_config: The model to convert, or the config.
+        config: The config, if a model is given.
+        auto_class: Class to build the model with, such as `AutoModelForImageClassification`. Default: the
+            checkpoint's own class; if that has no head and `num_labels` is given, `AutoModelForImageClassification`.
+        pretrained: With the checkpoint's weights (then `config.init_weights` must say how to use them), or from its
+            config alone, which downloads no weights.
+        **model_kwargs: For `from_pretrained` (or the config, if not pretrained), such as `num_labels`.
+
+    Raises:
+        ValueError: No module matches, a named module cannot be replaced, `init_weights` is missing for a model that
+            holds trained weights, or the model is converted or quantized already.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from kron_hf import KronConfig, get_kron_model
+        >>> vit = ViTForImageClassification(ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        ...     num_attention_heads=2, image_size=32, patch_size=8))
+        >>> model = get_kron_model(vit, KronConfig(block_size=8, rank=2))
+        >>> model.vit.layers[0].mlp.fc1
+        KronLinear(in_features=64, out_features=128, block_size=(8, 8), rank=2, bias=True)
+    """
+    if isinstance(model_or_config, KronConfig):
+        if config is not None:
+            raise TypeError("get_kron_model takes (model, config) or (config, ...), got two configs")
+        return _convert(_build_base(model_or_config, auto_class, pretrained, model_kwargs), model_or_config)
+    if not isinstance(model_or_config, nn.Module) or not isinstance(config, KronConfig):
+        given = f"{type(model_or_config).__name__} and {type(config).__name__}"
+        raise TypeError(f"get_kron_model takes a model and a KronConfig, or a KronConfig alone; got {given}")
+    if auto_class is not None or not pretrained or model_kwargs:
+        raise TypeError("auto_class, pretrained and model arguments only go with get_kron_model(config, ...)")
+    return _convert(model_or_config, config)
+
+
+def _convert(model: ModelT, config: KronConfig) -> ModelT:
+    targets = find_targets(model, config)
+    layers = make_layers(targets, _init_method(model, config, targets))
+    replace_modules(model, dict(layers))
+    attach_kron_config(model)
+    return model
+
+
+def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:
+    if config.init_weights == "calibrated":
+        raise ValueError(
+            "init_weights='calibrated' needs calibration data, which this version does not take yet; "
+            "use 'random' or 'nearest'"
+        )
+    if config.init_weights is not None:
+        return config.init_weights
+    if holds_trained_weights(model, [target.linear.weight for target in targets]):
+        raise ValueError(
+            "this model holds trained weights, and replacing them is a choice; write one of\n"
+            '  KronConfig(..., init_weights="random")      # new weights, to train from scratch\n'
+            '  KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further\n'
+            '  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)'
+        )
+    return "random"
+
+
+def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    name = config.base_model_name_or_path
+    if not name:
+        raise ValueError("get_kron_model(config) needs config.base_model_name_or_path, the model to start from")
+    if pretrained and config.init_weights is None:
+        # Said before anything is downloaded or loaded.
+        raise ValueError(
+            "get_kron_model(config) loads trained weights, and replacing them is a choice; write one of\n"
+            '  KronConfig(..., init_weights="random")      # new weights for the replaced modules\n'
+            '  KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further\n'
+            '  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)\n'
+            "or get_kron_model(config, pretrained=False) to train from scratch"
+        )
+    revision = {} if config.revision is None else {"revision": config.revision}
+    model_config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
+    model_class = auto_class or _class_for(model_config, with_head="num_labels" in kwargs)
+    if pretrained:
+        return model_class.from_pretrained(name, **revision, **kwargs)
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    return build(model_config, **unused)
+
+
+def _class_for(config: PreTrainedConfig, with_head: bool) -> Any:
+    """The class that the checkpoint was saved from, looked up among transformers' model classes only."""
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
+        raise ValueError(
+            f"the checkpoint's architecture {name!r} is no transformers model for a {type(config).__name__}; pass "
+            "auto_class=, such as auto_class=AutoModelForImageClassification"
+        )
+    headless = type(config) in MODEL_MAPPING and MODEL_MAPPING[type(config)] is found
+    return AutoModelForImageClassification if headless and with_head else found

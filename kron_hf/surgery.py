@@ -1,0 +1,94 @@
+"""Replaces linears by Kronecker layers, and back."""
+
+import warnings
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from kron_hf.checkpoint import detach_kron_config
+from kron_hf.factors import nearest_kronecker
+from kron_hf.layers import KronLinear
+from kron_hf.targets import Target
+
+__all__ = ["make_layers", "replace_modules", "to_dense"]
+
+
+def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinear]:
+    """Builds the Kronecker layer of every target, "random" or "nearest"; the model is not touched yet.
+
+    Raises:
+        ValueError: A weight to be replaced is not finite, or is on the meta device where its values are needed.
+    """
+    make = {"random": _random_layer, "nearest": _nearest_layer}[init_weights]
+    energies: list[tuple[float, float]] = []
+    layers: dict[str, KronLinear] = {}
+    # The bar only appears when the decomposition takes a while.
+    for target in tqdm(targets, desc="Kronecker factors", unit="layer", delay=1.0, leave=False):
+        _check_finite(target)
+        layer = make(target, energies)
+        for parameter in layer.parameters():
+            parameter.requires_grad_(target.linear.weight.requires_grad)
+        layers[target.name] = layer
+    if energies:
+        total = sum(energy for energy, _ in energies)
+        retained = sum(kept for _, kept in energies) / total if total else 1.0
+        warnings.warn(
+            f"init_weights='nearest' kept {retained:.1%} of the energy of the replaced weights "
+            f"(relative error {(1 - min(retained, 1.0)) ** 0.5:.2f}); expect to train the model again",
+            stacklevel=4,
+        )
+    return layers
+
+
+def replace_modules(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Puts every layer in the place its name says."""
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Turns every Kronecker layer back into `nn.Linear`, in place, and returns the model.
+
+    What the model then saves loads in plain transformers, without kron_hf.
+    """
+    kron_layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, KronLinear)}
+    if isinstance(model, KronLinear):
+        raise ValueError(
+            "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
+        )
+    replace_modules(model, {name: layer.to_linear() for name, layer in kron_layers.items()})
+    detach_kron_config(model)
+    return model
+
+
+def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
+    layer = KronLinear.like(target.linear, target.block_size, target.rank)
+    weight = target.linear.weight.detach()
+    variance = 0.0 if weight.is_meta else float(weight.float().var(correction=0))
+    if variance > 0:
+        layer.reset_factors(variance)
+    return layer
+
+
+def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
+    if target.linear.weight.is_meta:
+        raise ValueError(
+            f"{target.name}: init_weights='nearest' needs its values, but the weight is on the meta device"
+        )
+    layer = KronLinear.like(target.linear, target.block_size, target.rank)
+    weight = target.linear.weight.detach()
+    a, b, retained = nearest_kronecker(weight, target.block_size, target.rank)
+    with torch.no_grad():
+        layer.a.copy_(a)
+        layer.b.copy_(b)
+    energy = float(weight.float().square().sum())
+    energies.append((energy, retained * energy))
+    return layer
+
+
+def _check_finite(target: Target) -> None:
+    weight = target.linear.weight
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{target.name}: its weight holds NaN or infinite values")
