@@ -1,0 +1,113 @@
+"""Callbacks that wire the training-time algorithms into the stock `Trainer`."""
+
+import warnings
+from dataclasses import asdict
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from kron_hf.pruning import model_sparsity
+from kron_hf.sparsity import Sparsifier, SparsityOptions
+
+__all__ = ["SparsityCallback"]
+
+
+class SparsityCallback(TrainerCallback, ExportableState):
+    """Trains the Kronecker layers to an exact block sparsity under the stock `Trainer`; see `Sparsifier`.
+
+    The schedule counts the optimizer steps of the whole training. Logs get a `sparsity`: the share of entries in zero
+    blocks at that moment, so during the ramp, where blocks may grow back, read it at multiples of `interval`.
+    `Trainer` calls the integrations of `report_to` before any callback it is given; for them to see it use
+    `KronTrainer`, or pass the integration's callback yourself, after this one.
+
+    A resumed training continues bit-equal, whether or not `restore_callback_states_from_checkpoint` is set.
+    `load_best_model_at_end` may load a checkpoint from before the masks froze: that warns. Evaluate only afterwards
+    (`eval_delay`) to keep such checkpoints out.
+
+    Args:
+        target_sparsity: Share of entries in zero blocks to end with, in [0, 1).
+        scope: "global" ranks the blocks of all layers together; "layer" takes the same share from each layer.
+        start: Start of the ramp as a share of the training steps.
+        end: End of the ramp, where the masks freeze, as a share of the training steps.
+        interval: Optimizer steps between two prunings.
+
+    Raises:
+        ValueError: An option is out of range. What depends on the model and the number of steps is checked when the
+            training begins.
+
+    Example:
+        >>> SparsityCallback(target_sparsity=0.5).state()["args"]["interval"]
+        10
+    """
+
+    def __init__(
+        self,
+        *,
+        target_sparsity: float,
+        scope: str = "global",
+        start: float = 0.05,
+        end: float = 0.5,
+        interval: int = 10,
+    ) -> None:
+        self.options = SparsityOptions(
+            target_sparsity=target_sparsity, scope=scope, start=start, end=end, interval=interval
+        )
+        self.sparsifier: Sparsifier | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps in trainer_state.json."""
+        # Trainer sets attributes when it restores callbacks itself; on_train_begin reads the file's copy either way.
+        saved = None if self.sparsifier is None else self.sparsifier.state_dict()
+        return {"args": asdict(self.options), "attributes": {"sparsifier_state": saved}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Builds the Sparsifier, continues it if the training was resumed, and attaches it to the optimizer."""
+        if self.sparsifier is not None:
+            self.sparsifier.detach()  # a training that did not reach its end
+        self.sparsifier = Sparsifier(kwargs["model"], total_steps=state.max_steps, **asdict(self.options))
+        if state.global_step > 0:
+            self.sparsifier.load_state_dict(self._saved_state(state) or self._begun_without(self.sparsifier, state))
+        # Trainer fails to save when it resumed from a checkpoint of a run without this callback.
+        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        self.sparsifier.attach(kwargs["optimizer"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds `sparsity` to the logs and to the history, into which Trainer has copied them before."""
+        kwargs["logs"].setdefault("sparsity", model_sparsity(kwargs["model"]))
+        if state.log_history:
+            state.log_history[-1].setdefault("sparsity", kwargs["logs"]["sparsity"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detaches; warns if the training ended before the target or the best model loaded is from before it."""
+        if self.sparsifier is None:
+            return
+        self.sparsifier.close()
+        if self.sparsifier.frozen:
+            self._check_final(kwargs["model"], state)
+
+    def _check_final(self, model: nn.Module, state: TrainerState) -> None:
+        sparsity, target = model_sparsity(model), self.options.target_sparsity
+        if sparsity < target:
+            warnings.warn(
+                f"the model has sparsity {sparsity:.4f}, not target_sparsity={target}: the best checkpoint, "
+                f"{state.best_model_checkpoint}, is from before the masks froze; pass eval_delay to TrainingArguments "
+                "so that only later ones are compared",
+                stacklevel=2,
+            )
+
+    def _saved_state(self, state: TrainerState) -> dict[str, Any] | None:
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        if isinstance(saved, list):
+            raise ValueError(f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s; use one")
+        return saved and saved["attributes"].get("sparsifier_state")
+
+    @staticmethod
+    def _begun_without(sparsifier: Sparsifier, state: TrainerState) -> dict[str, Any]:
+        """The checkpoint is of a run without this callback: what is frozen in it was frozen before."""
+        return {**sparsifier.state_dict(), "step_count": state.global_step}

@@ -1,0 +1,139 @@
+"""Which blocks to prune: importance, the cubic schedule, and the choice over all layers.
+
+The schedule is that of Zhu and Gupta, "To prune, or not to prune" (2017), arXiv 1710.01878. The importance of block
+(j, l) is the root mean square of its entries, `|s_jl| * || sum_i a_i,jl B_i ||_F / sqrt(bo * bi)`: unlike `|s_jl|` it
+does not change when S is rescaled against A, and blocks of different sizes compare.
+"""
+
+import math
+from fractions import Fraction
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf.factors import block_norms
+from kron_hf.layers import KronLinear
+
+__all__ = [
+    "SCOPES",
+    "block_entries",
+    "choose_dead",
+    "cubic_sparsity",
+    "kron_layers",
+    "layer_quotas",
+    "model_sparsity",
+    "required_entries",
+]
+
+SCOPES = ("global", "layer")
+
+
+def kron_layers(model: nn.Module) -> list[KronLinear]:
+    """The Kronecker layers of a model in module order, each once, also inside DDP or `torch.compile`."""
+    return [module for module in model.modules() if isinstance(module, KronLinear)]
+
+
+def model_sparsity(model: nn.Module) -> float:
+    """Share of the entries of all Kronecker weights that lie in blocks which are exactly zero, in [0, 1]."""
+    layers = kron_layers(model)
+    total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
+    dead = sum(int((~layer.block_mask).sum()) * block_entries(layer) for layer in layers)
+    return dead / total if total else 0.0
+
+
+def cubic_sparsity(step: int, *, start_step: int, end_step: int, final: float, initial: float = 0.0) -> float:
+    """Sparsity wanted after `step` optimizer steps: `final + (initial - final) * (1 - t) ** 3`.
+
+    `t = (step - start_step) / (end_step - start_step)`, clamped to [0, 1] (Zhu and Gupta, 2017, eq. 1).
+    """
+    progress = min(max((step - start_step) / (end_step - start_step), 0.0), 1.0)
+    return final + (initial - final) * (1 - progress) ** 3
+
+
+def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required: int) -> list[int]:
+    """How many blocks of each layer shall be dead so that all layers lose the same share.
+
+    Args:
+        sizes: Blocks of each layer.
+        entries: Entries of one block of each layer, `bo * bi`.
+        dead: Blocks of each layer that are dead already and stay so.
+        required: Entries that shall be dead over all layers.
+
+    Returns:
+        Counts with `dead <= count <= max(size - 1, dead)` whose entries reach `required` by less than one block
+        (or stay at `dead` where that is more). Rounding goes to the layers with the lowest share, earlier ones first.
+    """
+    caps = [max(size - 1, gone) for size, gone in zip(sizes, dead, strict=True)]
+
+    def at(share: float) -> list[int]:
+        return [min(max(int(share * n), gone), cap) for n, gone, cap in zip(sizes, dead, caps, strict=True)]
+
+    def missing(counts: list[int]) -> int:
+        return required - sum(count * each for count, each in zip(counts, entries, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(60):  # beyond the resolution of a float
+        middle = (low + high) / 2
+        low, high = (middle, high) if missing(at(middle)) >= 0 else (low, middle)
+    counts = at(low)
+    while missing(counts) > 0:
+        open_layers = [i for i, count in enumerate(counts) if count < caps[i]]
+        counts[min(open_layers, key=lambda i: counts[i] / sizes[i])] += 1
+    return counts
+
+
+def choose_dead(layers: list[KronLinear], always: list[Tensor | None], sparsity: float, scope: str) -> list[Tensor]:
+    """Masks `[O, I]` of the least important blocks, those of `always` first, that make up `sparsity`."""
+    device = layers[0].s.device
+    scores = [_importance(layer, mask).flatten().to(device) for layer, mask in zip(layers, always, strict=True)]
+    entries = [block_entries(layer) for layer in layers]
+    required = required_entries(sparsity, sum(n * len(score) for n, score in zip(entries, scores, strict=True)))
+    choose = _choose_globally if scope == "global" else _choose_by_layer
+    chosen = choose(scores, entries, required)
+    return [mask.view_as(layer.s).to(layer.s.device) for mask, layer in zip(chosen, layers, strict=True)]
+
+
+def _choose_globally(scores: list[Tensor], entries: list[int], required: int) -> list[Tensor]:
+    flat, sizes = torch.cat(scores), [len(score) for score in scores]
+    order = flat.argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    best = torch.zeros_like(flat, dtype=torch.bool)
+    for start, part in zip(accumulate([0, *sizes[:-1]]), rank.split(sizes), strict=True):
+        best[start + int(part.argmax())] = True
+    best &= flat > -math.inf
+    order = order[~best[order]]  # the best living block of each layer is out of reach
+    each = torch.tensor(entries, device=flat.device).repeat_interleave(torch.tensor(sizes, device=flat.device))
+    before = each[order].cumsum(0) - each[order]  # entries dead once all blocks before this one are
+    dead = torch.zeros_like(best)
+    dead[order] = (before < required) | (flat[order] == -math.inf)
+    return list(dead.split(sizes))
+
+
+def _choose_by_layer(scores: list[Tensor], entries: list[int], required: int) -> list[Tensor]:
+    already = [int((score == -math.inf).sum()) for score in scores]
+    quotas = layer_quotas([len(score) for score in scores], entries, already, required)
+    masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    for mask, score, quota in zip(masks, scores, quotas, strict=True):
+        mask[score.argsort(stable=True)[:quota]] = True
+    return masks
+
+
+def _importance(layer: KronLinear, always_dead: Tensor | None) -> Tensor:
+    """Root mean square of each block, `[O, I]`; -inf where it is dead for good, -1 where S happens to be zero.
+
+    Zeros of S freeze with the rest at the end, so they must be the first to be chosen, also among ties.
+    """
+    rms = block_norms(layer.s, layer.a, layer.b) / math.sqrt(block_entries(layer))
+    rms = rms.nan_to_num(nan=torch.finfo(rms.dtype).max).masked_fill(layer.s == 0, -1.0)
+    return rms if always_dead is None else rms.masked_fill(always_dead, -math.inf)
+
+
+def required_entries(sparsity: float, total: int) -> int:
+    """Smallest number of entries that is at least the share `sparsity`, without rounding errors such as .57 * 100."""
+    return math.ceil(Fraction(repr(float(sparsity))) * total)
+
+
+def block_entries(layer: KronLinear) -> int:
+    """Entries of one block of the weight, `bo * bi`."""
+    return layer.block_size[0] * layer.block_size[1]

@@ -1,0 +1,85 @@
+"""`KronTrainer`: the stock Trainer with the settings that Kronecker layers want."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from kron_hf.callbacks import SparsityCallback
+from kron_hf.param_groups import kron_param_groups
+from kron_hf.pruning import kron_layers, model_sparsity
+
+__all__ = ["KronTrainer"]
+
+
+class KronTrainer(Trainer):
+    """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target is given.
+
+    Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
+    `sparsity` for all integrations. A model without Kronecker layers trains as under Trainer.
+
+    Args:
+        *args: As for `Trainer`.
+        factor_lr: Factor of the learning rate of A and B.
+        mask_lr: Factor of the learning rate of S, which gets no weight decay.
+        target_sparsity: Block sparsity to train to, in [0, 1); None leaves the masks alone.
+        sparsity_options: Further arguments of `SparsityCallback`: scope, start, end, interval.
+        **kwargs: As for `Trainer`.
+
+    Raises:
+        ValueError: `sparsity_options` without a target, or `args.optim` names an optimizer that makes its own
+            parameter groups (GaLore, LOMO, ...).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        factor_lr: float = 4.0,
+        mask_lr: float = 1.0,
+        target_sparsity: float | None = None,
+        sparsity_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if sparsity_options and target_sparsity is None:
+            raise ValueError(f"sparsity_options={sparsity_options!r} need a target_sparsity")
+        callback = None
+        if target_sparsity is not None:
+            callback = SparsityCallback(target_sparsity=target_sparsity, **(sparsity_options or {}))
+        super().__init__(*args, **kwargs)
+        self.factor_lr, self.mask_lr = factor_lr, mask_lr
+        if callback is not None:
+            self.add_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer on `kron_param_groups`; an optimizer or groups passed to Trainer are left alone."""
+        given = self.optimizer_cls_and_kwargs
+        if self.optimizer is not None or (given is not None and "params" in given[1]):
+            return super().create_optimizer(model)
+        target = cast(PreTrainedModel, self.model if model is None else model)
+        optimizer_cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, target)
+        own_groups = {"params", "model", "optimizer_dict"} & options.keys()
+        if own_groups or not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+            raise ValueError(
+                f"KronTrainer sets learning rates by parameter group, but the optimizer of optim={self.args.optim!r} "
+                "makes its own groups; use another optimizer, or transformers.Trainer"
+            )
+        groups = kron_param_groups(
+            target,
+            self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            factor_lr=self.factor_lr,
+            mask_lr=self.mask_lr,
+        )
+        self.optimizer_cls_and_kwargs = (optimizer_cls, {**options, "params": groups})
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # with model_init the next training makes another optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `sparsity` before any integration sees the logs."""
+        model = cast(nn.Module, self.model)
+        if kron_layers(model):
+            logs.setdefault("sparsity", model_sparsity(model))
+        super().log(logs, start_time)
