@@ -6,13 +6,17 @@ the resolved map, so that loading never matches a pattern. Private attributes of
 and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
 """
 
+# transformers does not annotate this extension point as it is used.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportIncompatibleMethodOverride=false
+
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -157,7 +161,7 @@ def detach_kron_config(model: nn.Module) -> None:
         model.model_tags.remove("kron_hf")
 
 
-def holds_trained_weights(model: nn.Module, parameters: list[nn.Parameter]) -> bool:
+def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:
     """Whether `from_pretrained` filled one of these parameters; weights drawn from a config do not count."""
     return isinstance(model, PreTrainedModel) and any(getattr(p, "_is_hf_initialized", False) for p in parameters)
 

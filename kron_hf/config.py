@@ -100,7 +100,7 @@ def _checked_block_size(name: str, value: Any) -> BlockSize:
             f"{name} must be a positive int or a pair of positive ints (-1 in a pair = the whole dimension), "
             f"got {value!r}"
         )
-    return (sizes[0], sizes[1]) if pair else value
+    return (sizes[0], sizes[-1]) if pair else value
 
 
 def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) -> int:

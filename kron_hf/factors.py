@@ -5,6 +5,8 @@
 `W[j*bo + k, l*bi + m] = sum_i s[j, l] * a[i, j, l] * b[i, k, m]`.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def nearest_kronecker(weight: Tensor, block_size: tuple[int, int], rank: int) ->
     out_blocks, in_blocks = weight.shape[0] // block_out, weight.shape[1] // block_in
     rows = to_blocks(weight, block_size)
     rows = rows.double() if weight.dtype == torch.float64 else rows.float()
-    u, values, vh = torch.linalg.svd(rows, full_matrices=False)
+    u, values, vh = cast(tuple[Tensor, Tensor, Tensor], _svd(rows))
     kept = min(rank, len(values))
     root = values[:kept].sqrt()
     a = torch.randn(rank, out_blocks * in_blocks, dtype=rows.dtype, device=rows.device) * balanced_std(
@@ -70,6 +72,10 @@ def nearest_kronecker(weight: Tensor, block_size: tuple[int, int], rank: int) ->
     retained = float(values[:kept].square().sum()) / energy if energy > 0 else 1.0
     a = a.view(rank, out_blocks, in_blocks).to(weight.dtype)
     return a, b.view(rank, block_out, block_in).to(weight.dtype), retained
+
+
+def _svd(matrix: Tensor) -> Any:
+    return torch.linalg.svd(matrix, full_matrices=False)  # pyright: ignore
 
 
 def block_norms(s: Tensor, a: Tensor, b: Tensor) -> Tensor:

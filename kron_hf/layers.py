@@ -212,14 +212,8 @@ class KronLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same function, on the same device and in the same dtype."""
-        linear = nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.s.device,
-            dtype=self.s.dtype,
-        )
+        where: dict[str, Any] = {"device": self.s.device, "dtype": self.s.dtype}
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **where)
         linear.weight.copy_(self.dense_weight())
         if self.bias is not None:
             linear.bias.copy_(self.bias)

@@ -118,7 +118,8 @@ def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: d
             "or get_kron_model(config, pretrained=False) to train from scratch"
         )
     revision = {} if config.revision is None else {"revision": config.revision}
-    model_config, unused = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
+    loaded: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
+    model_config, unused = loaded
     model_class = auto_class or _class_for(model_config, with_head="num_labels" in kwargs)
     if pretrained:
         return model_class.from_pretrained(name, **revision, **kwargs)

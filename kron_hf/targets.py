@@ -51,14 +51,14 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
     """
     _check_model(model)
     named = config.target_modules is not None and config.target_modules != "all-linear"
-    matches = _matcher(model, config, named)
+    matches, owners = _matcher(model, config, named), _weight_owners(model)
     targets: list[Target] = []
     skipped: list[str] = []
     for name, module in model.named_modules():
         if not name or not matches(name, module):
             continue
         try:
-            targets.append(_resolve(model, name, module, config))
+            targets.append(_resolve(model, name, module, config, owners))
         except ValueError as error:
             if named:
                 raise
@@ -131,7 +131,9 @@ def _linear_names(model: nn.Module) -> Iterator[str]:
     return (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def _resolve(model: nn.Module, name: str, module: nn.Module, config: KronConfig) -> Target:
+def _resolve(
+    model: nn.Module, name: str, module: nn.Module, config: KronConfig, owners: dict[int, list[str]]
+) -> Target:
     """The target for one module.
 
     Raises:
@@ -142,20 +144,26 @@ def _resolve(model: nn.Module, name: str, module: nn.Module, config: KronConfig)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, READS_WEIGHTS):
         raise ValueError(f"{name}: {type(parent).__name__} reads its weight directly, so it cannot be replaced")
-    sharing = _modules_with_parameter(model, module)
-    if len(sharing) > 1:
-        raise ValueError(f"{name}: its weight is tied to {sharing[1 if sharing[0] == name else 0]}")
-    size: BlockSize = config.block_size_pattern.get(get_pattern_key(config.block_size_pattern, name), config.block_size)
+    others = [owner for owner in owners[id(module.weight)] if owner != name]
+    if others:
+        raise ValueError(f"{name}: its weight is tied to {', '.join(others)}, so it cannot be replaced alone")
+    size: BlockSize = config.block_size_pattern.get(
+        get_pattern_key(list(config.block_size_pattern), name), config.block_size
+    )
     block_size = resolve_block_size(size, module.out_features, module.in_features, name)
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.rank)
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     if rank > block_size[0] * block_size[1]:
         raise ValueError(f"{name}: rank must be at most bo * bi = {block_size[0] * block_size[1]}, got {rank}")
     return Target(name, module, block_size, rank)
 
 
-def _modules_with_parameter(model: nn.Module, linear: nn.Linear) -> list[str]:
-    modules = model.named_modules(remove_duplicate=False)
-    return [name for name, module in modules if any(p is linear.weight for p in module._parameters.values())]
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Which modules hold each weight; more than one where weights or whole modules are shared."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return owners
 
 
 def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:
