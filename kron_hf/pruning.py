@@ -126,7 +126,7 @@ def _importance(layer: KronLinear, always_dead: Tensor | None) -> Tensor:
     """
     rms = block_norms(layer.s, layer.a, layer.b) / math.sqrt(block_entries(layer))
     rms = rms.nan_to_num(nan=torch.finfo(rms.dtype).max).masked_fill(layer.s == 0, -1.0)
-    return rms if always_dead is None else rms.masked_fill(always_dead, -math.inf)
+    return rms if always_dead is None else rms.masked_fill(always_dead.to(rms.device), -math.inf)
 
 
 def required_entries(sparsity: float, total: int) -> int:
