@@ -97,7 +97,7 @@ class KronHfQuantizer(HfQuantizer):
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
         if kwargs.get("checkpoint_files") is not None:
             stored = {stored_name: layers[name] for name, (stored_name, _) in modules.items()}
-            _check_files(kwargs["checkpoint_files"], stored)
+            _check_files(kwargs["checkpoint_files"], stored, self.quantization_config.modules)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
@@ -230,7 +230,7 @@ def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> Kr
         ) from None
 
 
-def _check_files(files: list[str], layers: dict[str, KronLinear]) -> None:
+def _check_files(files: list[str], layers: dict[str, KronLinear], modules: dict[str, Any]) -> None:
     """Compares the headers of the weight files with the map, before anything is allocated."""
     shapes: dict[str, tuple[str, list[int]]] = {}
     for file in files:
@@ -243,6 +243,12 @@ def _check_files(files: list[str], layers: dict[str, KronLinear]) -> None:
         except SafetensorError as error:
             raise ValueError(f"{name}: not a readable safetensors file, perhaps truncated ({error})") from error
     listed = ", ".join(Path(file).name for file in files)
+    factored = {key.removesuffix(".s") for key in shapes if key.endswith(".s")}
+    unmapped = sorted(name for name in factored - modules.keys() if {f"{name}.a", f"{name}.b"} <= shapes.keys())
+    if unmapped:
+        raise ValueError(
+            f"config.json: {listed} holds Kronecker factors of {unmapped[0]!r}, which the map does not name"
+        )
     for module_name, layer in layers.items():
         for key, tensor in layer.state_dict().items():
             full = f"{module_name}.{key}"

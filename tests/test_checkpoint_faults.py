@@ -1,0 +1,157 @@
+"""Broken checkpoints: each raises an error that names the file and the tensor or module, before anything is loaded."""
+
+import json
+import re
+
+import pytest
+import torch
+from families import FAMILIES, VIT_SIZES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, BertModel, ViTForImageClassification
+
+from kron_hf import KronConfig, get_kron_model
+
+FC1 = "vit.layers.0.mlp.fc1"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    get_kron_model(FAMILIES["vit"](), KronConfig(block_size=(4, 8), rank=1)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load(folder, **options):
+    return AutoModelForImageClassification.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("key", ["s", "a", "b", "bias"])
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}], ids=["plain", "ignore_mismatched_sizes"])
+def test_missing_tensor(checkpoint, key, options):
+    edit_tensors(checkpoint, lambda tensors: tensors.pop(f"{FC1}.{key}"))
+    with pytest.raises(ValueError, match=rf"model\.safetensors: tensor '{FC1}\.{key}' is missing"):
+        load(checkpoint, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}], ids=["plain", "ignore_mismatched_sizes"])
+def test_misshapen_tensor(checkpoint, options):
+    edit_tensors(checkpoint, lambda tensors: tensors.update({f"{FC1}.a": torch.zeros(1, 16, 5)}))
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors: tensor '{FC1}\.a' has shape \[1, 16, 5\].*\[1, 16, 4\]"
+    ):
+        load(checkpoint, **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999], ids=str)
+def test_truncated_file(checkpoint, share):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load(checkpoint)
+
+
+def test_missing_shard(tmp_path):
+    model = get_kron_model(FAMILIES["vit"](), KronConfig(block_size=(4, 8), rank=1))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=re.escape(shard.name)):
+        load(tmp_path)
+
+
+def test_missing_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load(checkpoint)
+
+
+def test_pickle_weights_are_refused(checkpoint):
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: Kronecker checkpoints are safetensors files only"):
+        load(checkpoint)
+
+
+def test_dense_weights_under_a_kron_config(checkpoint):
+    FAMILIES["vit"]().save_pretrained(checkpoint / "dense")
+    (checkpoint / "dense" / "model.safetensors").rename(checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'vit\.layers.*\.s' is missing"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(format_version=2), r"format_version is 2, this kron_hf reads up to 1; upgrade kron_hf"),
+        (lambda q: q.update(format_version="1"), "format_version must be an int, got '1'"),
+        (lambda q: q.pop("format_version"), "format_version must be an int, got None"),
+        (lambda q: q.update(modules={}), "modules must be a non-empty dict"),
+        (lambda q: q.update(modules=["fc1"]), "modules must be a non-empty dict"),
+        (lambda q: q.update(extra=1), r"unknown keys \['extra'\]"),
+        (lambda q: q["modules"][FC1].pop("rank"), rf"modules\['{FC1}'\] must be"),
+        (lambda q: q["modules"][FC1].update(rank=0), rf"modules\['{FC1}'\] must be"),
+        (lambda q: q["modules"][FC1].update(rank=True), rf"modules\['{FC1}'\] must be"),
+        (lambda q: q["modules"][FC1].update(rank=10**12), rf"'{FC1}'.*rank must be an int from 1 to bo \* bi = 32"),
+        (lambda q: q["modules"][FC1].update(block_size=8), rf"modules\['{FC1}'\] must be"),
+        (lambda q: q["modules"][FC1].update(block_size=[5, 8]), rf"'{FC1}' is \(64, 32\).*does not divide"),
+        (lambda q: q["modules"][FC1].update(block_size=[-1, 8]), rf"modules\['{FC1}'\] must be"),
+        (lambda q: q["modules"].update(nowhere={"block_size": [4, 8], "rank": 1}), "has no module 'nowhere'"),
+        (
+            lambda q: q["modules"].update({"vit.layernorm": {"block_size": [4, 8], "rank": 1}}),
+            r"'vit\.layernorm' is a LayerNorm",
+        ),
+        (
+            lambda q: q["modules"].update(classifier={"block_size": [1, 8], "rank": 1}),
+            r"tensor 'classifier\.s' is missing",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_module_map(checkpoint, change, message):
+    edit_config(checkpoint, change)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint)
+
+
+def test_a_module_missing_from_the_map(checkpoint):
+    edit_config(checkpoint, lambda q: q["modules"].pop(FC1))
+    with pytest.raises(ValueError, match=rf"model\.safetensors holds Kronecker factors of '{FC1}'"):
+        load(checkpoint, ignore_mismatched_sizes=True)
+
+
+def test_another_architecture(checkpoint):
+    with pytest.raises(ValueError, match="BertModel has no module"):
+        BertModel.from_pretrained(checkpoint)
+
+
+def test_dense_checkpoint_with_a_quantization_config(tmp_path):
+    FAMILIES["vit"]().save_pretrained(tmp_path)
+    quantization_config = {
+        "quant_method": "kron",
+        "format_version": 1,
+        "modules": {FC1: {"block_size": [4, 8], "rank": 1}},
+    }
+    with pytest.raises(ValueError, match="this checkpoint is dense: load it without quantization_config"):
+        ViTForImageClassification.from_pretrained(tmp_path, quantization_config=quantization_config)
+
+
+def test_a_smaller_model_than_the_map(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] = VIT_SIZES["num_hidden_layers"] - 1
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no module 'vit\.layers\.1\.attention\.k_proj'"):
+        load(checkpoint)
