@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -72,10 +73,14 @@ class KronConfig(PeftConfig):
         self.target_modules = _checked_names("target_modules", self.target_modules)
         self.exclude_modules = _checked_names("exclude_modules", self.exclude_modules)
         self._check_layer_selection()
+        if isinstance(self.base_model_name_or_path, PathLike):
+            self.base_model_name_or_path = fspath(self.base_model_name_or_path)
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}")
 
     def _check_layer_selection(self) -> None:
+        self.layers_to_transform = _checked_indices(self.layers_to_transform)
+        self.layers_pattern = _checked_names("layers_pattern", self.layers_pattern)
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
             raise ValueError("layers_to_transform needs target_modules to be a list of names")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -87,6 +92,9 @@ class KronConfig(PeftConfig):
         found = kwargs.pop("peft_type", "KRON")
         if found != "KRON":
             raise ValueError(f"this adapter_config.json has peft_type {found!r}; KronConfig needs 'KRON'")
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(kwargs.keys() - known):
+            raise ValueError(f"this adapter_config.json has keys that this kron_hf does not know: {unknown}")
         return cls(**kwargs)
 
 
@@ -116,16 +124,37 @@ def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) ->
 def _checked_pattern(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must be a dict with module names as keys, got {value!r}")
+    for key in value:
+        _check_regex(name, key)
     return value
 
 
 def _checked_names(name: str, value: Any) -> list[str] | str | None:
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex(name, value)
         return value
-    names = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(item, str) for item in names):
+    # A set's own order changes from run to run.
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(item, str) for item in names):
         raise ValueError(f"{name} must be None, a list of module names or a string, got {value!r}")
-    return names
+    return list(names)
+
+
+def _checked_indices(value: Any) -> list[int] | int | None:
+    indices = list(value) if isinstance(value, list | tuple | range) else value
+    listed = indices if isinstance(indices, list) else [indices]
+    if indices is not None and not all(_is_int(index) and index >= 0 for index in listed):
+        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {value!r}")
+    return indices
+
+
+def _check_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}: {value!r} is no valid regular expression ({error})") from None
 
 
 def _is_int(value: Any) -> bool:

@@ -20,8 +20,12 @@ def resolve_block_size(
     Raises:
         ValueError: The block does not divide the layer, or is no block size at all; names `name` and both numbers.
     """
-    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < -1 or n == 0 for n in pair):
+    pair = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if (
+        not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < -1 or n == 0 for n in pair)
+    ):
         raise ValueError(
             f"{name}: block_size must be a positive int or a pair (out, in) of positive ints (-1 in a pair = the "
             f"whole dimension), got {block_size!r}"
@@ -170,7 +174,7 @@ class KronLinear(nn.Module):
     @torch.no_grad()
     def _zero_dead_blocks(self) -> None:
         """Puts dead entries of S back to zero should an optimizer's momentum or noise have moved them."""
-        if self.dead_blocks is not None and bool((self.s[self.dead_blocks] != 0).any()):
+        if self.dead_blocks is not None and not self.s.is_meta and bool((self.s[self.dead_blocks] != 0).any()):
             self.s.masked_fill_(self.dead_blocks, 0.0)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -211,12 +215,14 @@ class KronLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The dense layer with the same function, on the same device and in the same dtype."""
+        """The dense layer with the same function, device and dtype; its weight is trainable if a factor is."""
         where: dict[str, Any] = {"device": self.s.device, "dtype": self.s.dtype}
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **where)
         linear.weight.copy_(self.dense_weight())
+        linear.weight.requires_grad_(any(factor.requires_grad for factor in (self.s, self.a, self.b)))
         if self.bias is not None:
             linear.bias.copy_(self.bias)
+            linear.bias.requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

@@ -3,14 +3,15 @@
 from typing import Any, TypeVar, overload
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
 from kron_hf.config import KronConfig
+from kron_hf.layers import KronLinear
 from kron_hf.surgery import make_layers, replace_modules
-from kron_hf.targets import Target, find_targets
+from kron_hf.targets import Target, find_targets, pretrained_parts
 
 __all__ = ["get_kron_model"]
 
@@ -68,7 +69,8 @@ def get_kron_model(
     """
     if isinstance(model_or_config, KronConfig):
         if config is not None:
-            raise TypeError("get_kron_model takes (model, config) or (config, ...), got two configs")
+            given = f"a KronConfig and then a {type(config).__name__}"
+            raise TypeError(f"get_kron_model takes (model, config) or (config, ...), got {given}")
         return _convert(_build_base(model_or_config, auto_class, pretrained, model_kwargs), model_or_config)
     if not isinstance(model_or_config, nn.Module) or not isinstance(config, KronConfig):
         given = f"{type(model_or_config).__name__} and {type(config).__name__}"
@@ -81,8 +83,10 @@ def get_kron_model(
 def _convert(model: ModelT, config: KronConfig) -> ModelT:
     targets = find_targets(model, config)
     layers = make_layers(targets, _init_method(model, config, targets))
-    replace_modules(model, dict(layers))
-    attach_kron_config(model)
+    replace_modules(model, layers)
+    for part in pretrained_parts(model).values():
+        if any(isinstance(module, KronLinear) for module in part.modules()):
+            attach_kron_config(part)
     return model
 
 
@@ -94,7 +98,8 @@ def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) ->
         )
     if config.init_weights is not None:
         return config.init_weights
-    if holds_trained_weights(model, [target.linear.weight for target in targets]):
+    weights: list[Tensor] = [target.linear.weight for target in targets]
+    if any(holds_trained_weights(part, weights) for part in pretrained_parts(model).values()):
         raise ValueError(
             "this model holds trained weights, and replacing them is a choice; write one of\n"
             '  KronConfig(..., init_weights="random")      # new weights, to train from scratch\n'

@@ -1,6 +1,7 @@
 """Replaces linears by Kronecker layers, and back."""
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from tqdm.auto import tqdm
 from kron_hf.checkpoint import detach_kron_config
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
-from kron_hf.targets import Target
+from kron_hf.targets import Target, pretrained_parts
 
 __all__ = ["make_layers", "replace_modules", "to_dense"]
 
@@ -27,8 +28,9 @@ def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinea
     for target in tqdm(targets, desc="Kronecker factors", unit="layer", delay=1.0, leave=False):
         _check_finite(target)
         layer = make(target, energies)
-        for parameter in layer.parameters():
-            parameter.requires_grad_(target.linear.weight.requires_grad)
+        for name, parameter in layer.named_parameters():
+            replaced = target.linear.bias if name == "bias" else target.linear.weight
+            parameter.requires_grad_(replaced.requires_grad)
         layers[target.name] = layer
     if energies:
         total = sum(energy for energy, _ in energies)
@@ -41,7 +43,7 @@ def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinea
     return layers
 
 
-def replace_modules(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Puts every layer in the place its name says."""
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -53,13 +55,18 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     What the model then saves loads in plain transformers, without kron_hf.
     """
-    kron_layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, KronLinear)}
     if isinstance(model, KronLinear):
         raise ValueError(
             "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
         )
-    replace_modules(model, {name: layer.to_linear() for name, layer in kron_layers.items()})
-    detach_kron_config(model)
+    # A layer that the model holds under two names stays one layer.
+    names = {
+        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, KronLinear)
+    }
+    linears = {layer: layer.to_linear() for layer in names.values()}
+    replace_modules(model, {name: linears[layer] for name, layer in names.items()})
+    for part in pretrained_parts(model).values():
+        detach_kron_config(part)
     return model
 
 

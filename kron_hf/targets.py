@@ -3,11 +3,11 @@
 Everything is decided and checked here before `surgery` touches the model.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -17,7 +17,7 @@ from kron_hf.config import BlockSize, KronConfig
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear, resolve_block_size
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Target", "find_targets", "pretrained_parts"]
 
 # Last name of an attention or MLP projection in transformers' encoders (4.x and 5.x names).
 PROJECTIONS = {
@@ -28,6 +28,7 @@ PROJECTIONS = {
 DENSE_PARENTS = {"intermediate", "output"}
 # Parts of an encoder that hold linears which are no projections.
 NOT_PROJECTIONS = {"pooler", "head", "downsample", "continuous_position_bias_mlp"}
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # torch modules that read the weights of their linears directly, instead of calling them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -54,8 +55,9 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
     matches, owners = _matcher(model, config, named), _weight_owners(model)
     targets: list[Target] = []
     skipped: list[str] = []
-    for name, module in model.named_modules():
-        if not name or not matches(name, module):
+    # Second names of shared modules, too: naming one is an error, not a miss.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or not matches(name):
             continue
         try:
             targets.append(_resolve(model, name, module, config, owners))
@@ -67,9 +69,22 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
         raise ValueError(_no_match_message(model, config, skipped))
     if skipped:
         warnings.warn(f"Left dense: {'; '.join(skipped)}", stacklevel=4)
-    _warn_unused_patterns(config, targets)
+    _warn_unused(model, config, targets)
     _warn_not_cheaper(targets)
     return targets
+
+
+def pretrained_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost transformers models in a model, by their names in it; "" if it is one itself."""
+    parts: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(_is_inside(name, outer) for outer in parts):
+            parts[name] = module
+    return parts
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -79,43 +94,61 @@ def _check_model(model: nn.Module) -> None:
             f"the model already has {len(converted)} Kronecker layers (first: {converted[0]}); convert a dense model, "
             "or turn this one back with kron_hf.to_dense(model) first"
         )
-    method = getattr(getattr(model, "config", None), "quantization_config", None)
-    if getattr(model, "is_quantized", False) or method is not None:
+    if any(_is_quantized(module) for module in model.modules()):
         raise ValueError(
             "the model is quantized; Kronecker layers replace plain nn.Linear weights, so load it without "
             "quantization_config, convert it, and quantize afterwards"
         )
 
 
-def _matcher(model: nn.Module, config: KronConfig, named: bool) -> Callable[[str, nn.Module], bool]:
+def _is_quantized(module: nn.Module) -> bool:
+    entry = getattr(getattr(module, "config", None), "quantization_config", None)
+    return entry is not None or getattr(module, "is_quantized", False) is True
+
+
+def _matcher(model: nn.Module, config: KronConfig, named: bool) -> Callable[[str], bool]:
+    kept = replace(config, target_modules=".*", layers_to_transform=None, layers_pattern=None)
     if named:
-        return lambda name, _: bool(check_target_module_exists(config, name))
+        chosen = replace(config, exclude_modules=None)
+        return lambda name: _is_chosen(chosen, name) and bool(check_target_module_exists(kept, name))
     candidates = set(_default_names(model) if config.target_modules is None else _all_linear_names(model))
-    if not config.exclude_modules:
-        return lambda name, _: name in candidates
-    chosen = KronConfig(target_modules=sorted(candidates), exclude_modules=config.exclude_modules)
-    return lambda name, _: name in candidates and bool(check_target_module_exists(chosen, name))
+    return lambda name: name in candidates and bool(check_target_module_exists(kept, name))
+
+
+def _is_chosen(config: KronConfig, name: str) -> bool:
+    # PEFT expects a dot before the list that layers_to_transform counts; in a bare ViTModel "layers.0" is first.
+    key = name if config.layers_to_transform is None else f".{name}"
+    return bool(check_target_module_exists(config, key))
 
 
 def _default_names(model: nn.Module) -> Iterator[str]:
-    """Attention and MLP projections of a transformers encoder; on a plain module all linears but the last."""
-    if not isinstance(model, PreTrainedModel):
+    """Attention and MLP projections of the transformers models in it; without any, all linears but the last."""
+    parts = pretrained_parts(model)
+    if not parts:
         yield from _all_linear_names(model)
-        return
-    for name in _linear_names_without_head(model):
-        parents, last = name.split(".")[:-1], name.rpartition(".")[2]
-        inside_stack = any(part.isdigit() for part in parents)
-        is_projection = last in PROJECTIONS or (last == "dense" and parents[-1] in DENSE_PARENTS)
-        if inside_stack and is_projection and not NOT_PROJECTIONS.intersection(parents):
-            yield name
+    for part_name, part in parts.items():
+        yield from (_joined(part_name, name) for name in _linear_names_without_head(part) if _is_projection(name))
+
+
+def _is_projection(name: str) -> bool:
+    *parents, last = name.split(".")
+    inside_stack = any(part.isdigit() for part in parents)
+    known = last in PROJECTIONS or (last == "dense" and bool(parents) and parents[-1] in DENSE_PARENTS)
+    return inside_stack and known and not NOT_PROJECTIONS.intersection(parents)
 
 
 def _all_linear_names(model: nn.Module) -> Iterator[str]:
-    if isinstance(model, PreTrainedModel):
-        yield from _linear_names_without_head(model)
-        return
-    names = list(_linear_names(model))
-    yield from names[:-1] if len(names) > 1 else names
+    """Every linear but the output heads: those of transformers models, and the last linear outside of them."""
+    parts = pretrained_parts(model)
+    for part_name, part in parts.items():
+        yield from (_joined(part_name, name) for name in _linear_names_without_head(part))
+    outside = [name for name in _linear_names(model) if not any(_is_inside(name, part) for part in parts)]
+    heads = [name for name in outside if not _is_read_directly(model, name)][-1:]
+    yield from (name for name in outside if name not in heads or (len(outside) == 1 and not parts))
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _linear_names_without_head(model: PreTrainedModel) -> Iterator[str]:
@@ -139,12 +172,18 @@ def _resolve(
     Raises:
         ValueError: The module cannot be replaced; names it.
     """
+    if _is_read_directly(model, name):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        raise ValueError(f"{name}: {type(parent).__name__} reads its weight directly, so it cannot be replaced")
     if type(module) is not nn.Linear:
         raise ValueError(f"{name}: only nn.Linear can become a Kronecker layer, this is a {type(module).__name__}")
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, READS_WEIGHTS):
-        raise ValueError(f"{name}: {type(parent).__name__} reads its weight directly, so it cannot be replaced")
-    others = [owner for owner in owners[id(module.weight)] if owner != name]
+    if not isinstance(module.weight, nn.Parameter) or module.weight.dtype not in FLOAT_DTYPES:
+        kind = "parameter" if isinstance(module.weight, nn.Parameter) else "computed tensor"
+        raise ValueError(
+            f"{name}: its weight must be a parameter of dtype float64, float32, bfloat16 or float16, got a {kind} of "
+            f"{module.weight.dtype} (weight norm, pruning masks and quantization come after conversion)"
+        )
+    others = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if others:
         raise ValueError(f"{name}: its weight is tied to {', '.join(others)}, so it cannot be replaced alone")
     size: BlockSize = config.block_size_pattern.get(
@@ -157,12 +196,15 @@ def _resolve(
     return Target(name, module, block_size, rank)
 
 
+def _is_read_directly(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), READS_WEIGHTS)
+
+
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Which modules hold each weight; more than one where weights or whole modules are shared."""
+    """The names of each parameter; more than one where parameters or whole modules are shared."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(weight), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
     return owners
 
 
@@ -174,11 +216,26 @@ def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) 
     return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
 
 
-def _warn_unused_patterns(config: KronConfig, targets: list[Target]) -> None:
+def _warn_unused(model: nn.Module, config: KronConfig, targets: list[Target]) -> None:
+    """Warns about every entry of the config that selects nothing: most likely a misspelt name."""
     for field_name in ("block_size_pattern", "rank_pattern"):
         for pattern in getattr(config, field_name):
-            if not any(re.match(rf"(.*\.)?({pattern})$", target.name) for target in targets):
-                warnings.warn(f"{field_name}: {pattern!r} matches none of the replaced modules", stacklevel=5)
+            if not any(get_pattern_key([pattern], target.name) == pattern for target in targets):
+                _warn_unused_entry(field_name, pattern, "of the replaced modules")
+    indices = config.layers_to_transform
+    for index in [indices] if isinstance(indices, int) else indices or []:
+        alone = replace(config, layers_to_transform=[index], exclude_modules=None)
+        if not any(_is_chosen(alone, target.name) for target in targets):
+            _warn_unused_entry("layers_to_transform", index, "of the replaced modules")
+    for field_name in ("target_modules", "exclude_modules"):
+        entries = getattr(config, field_name)
+        for entry in entries if isinstance(entries, list) else []:
+            if not any(name == entry or name.endswith(f".{entry}") for name, _ in model.named_modules()):
+                _warn_unused_entry(field_name, entry, "of the modules")
+
+
+def _warn_unused_entry(field_name: str, entry: str | int, of_what: str) -> None:
+    warnings.warn(f"{field_name}: {entry!r} matches none {of_what}", stacklevel=6)
 
 
 def _warn_not_cheaper(targets: list[Target]) -> None:
