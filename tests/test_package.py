@@ -1,0 +1,90 @@
+"""The package as a whole: what importing it costs, which module may import which, style and types."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import kron_hf
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
+HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
+TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
+# Lower layers first: a module imports only from its own row or from rows above it.
+ORDER = [
+    {"factors", "config", "metrics"},
+    {"ops"},
+    {"layers"},
+    {"pruning", "param_groups", "checkpoint", "targets"},
+    {"sparsity", "surgery"},
+    {"callbacks", "model", "summary"},
+    {"trainer", "model_card"},
+    {"demo"},
+    {"cli", "__main__", "__init__"},
+]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+def unit(path: Path) -> str:
+    """The module or sub-package directly below kron_hf that a file belongs to."""
+    return path.relative_to(ROOT / "kron_hf").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    rank = {name: row for row, names in enumerate(ORDER) for name in names}
+    imported = {name.split(".")[1] for name in imported_modules(path) if name.startswith("kron_hf.")}
+    upward = {name for name in imported if rank[name] > rank[unit(path)]}
+    assert not upward
+    if unit(path) in TORCH_ONLY:
+        assert not {name.split(".")[0] for name in imported_modules(path)} & HUGGING_FACE
+
+
+def test_importing_kron_hf_is_light():
+    heavy = ["triton", "datasets", "evaluate", "matplotlib", "sklearn"]
+    code = f"import sys, kron_hf; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert done.stderr == ""
+
+
+def test_public_names_are_sorted_and_exist():
+    assert list(kron_hf.__all__) == sorted(kron_hf.__all__)
+    assert all(hasattr(kron_hf, name) for name in kron_hf.__all__)
+
+
+def test_constraints_pin_every_requirement():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {requirement.split(">")[0].split("[")[0].lower().replace("_", "-") for requirement in requirements}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    assert names - {"kron-hf"} <= pinned
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright", "--pythonpath", sys.executable]],
+    ids=["ruff check", "ruff format", "pyright"],
+)
+def test_style_and_types(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,134 @@
+"""Trainer's own checkpoints of a Kronecker model: resume, load_best_model_at_end, torch.compile."""
+
+import pytest
+import torch
+from families import VIT_SIZES
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from kron_hf import KronConfig, get_kron_model
+
+
+class Images(Dataset):
+    """Images whose class is the brightest of four channels' quadrants, so that training has something to learn."""
+
+    def __init__(self, count: int = 32):
+        generator = torch.Generator().manual_seed(1)
+        self.labels = torch.randint(0, 4, (count,), generator=generator)
+        self.pixels = torch.randn(count, 3, 16, 16, generator=generator)
+        for image, label in zip(self.pixels, self.labels, strict=True):
+            row, column = divmod(int(label), 2)
+            image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1.0
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
+
+
+def build(seed: int = 0):
+    torch.manual_seed(seed)
+    vit = ViTForImageClassification(ViTConfig(**VIT_SIZES, num_labels=4, hidden_dropout_prob=0.1))
+    return get_kron_model(vit, KronConfig(block_size=(4, 8), rank=1))
+
+
+def arguments(folder, **options):
+    defaults = {
+        "max_steps": 8,
+        "save_steps": 4,
+        "save_strategy": "steps",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **(defaults | options))
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start", ["fresh model", "loaded checkpoint"])
+def test_resume_equals_the_uninterrupted_run(tmp_path, start):
+    whole = build()
+    Trainer(whole, arguments(tmp_path), train_dataset=Images()).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    model = build(seed=1) if start == "fresh model" else AutoModelForImageClassification.from_pretrained(checkpoint)
+    Trainer(model, arguments(tmp_path / "resumed"), train_dataset=Images()).train(
+        resume_from_checkpoint=str(checkpoint)
+    )
+    assert_equal(model.state_dict(), whole.state_dict())
+
+
+def test_a_trainer_checkpoint_loads_as_a_model(tmp_path):
+    model = build()
+    Trainer(model, arguments(tmp_path), train_dataset=Images()).train()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-8")
+    assert_equal(loaded.state_dict(), model.state_dict())
+    assert load_file(tmp_path / "checkpoint-8" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_load_best_model_at_end_restores_every_tensor(tmp_path):
+    model = build()
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 1.0}
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, metric_for_best_model="loss", **options),
+        train_dataset=Images(),
+        eval_dataset=Images(8),
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    assert best.endswith(f"checkpoint-{min(trainer.state.log_history, key=lambda e: e.get('eval_loss', 1e9))['step']}")
+    assert_equal(model.state_dict(), AutoModelForImageClassification.from_pretrained(best).state_dict())
+
+
+def test_trainer_on_a_compiled_model(tmp_path):
+    plain, compiled = build(), build()
+    Trainer(plain, arguments(tmp_path / "plain", max_steps=2), train_dataset=Images()).train()
+    options = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = Trainer(compiled, arguments(tmp_path / "compiled", **options), train_dataset=Images())
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded.state_dict(), plain.state_dict())
+
+
+def test_training_a_compiled_model_object(tmp_path):
+    plain, model = build(), build()
+    options = {"max_steps": 2, "save_strategy": "no", "remove_unused_columns": False}
+    Trainer(plain, arguments(tmp_path, **options), train_dataset=Images()).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    Trainer(compiled, arguments(tmp_path, **options), train_dataset=Images()).train()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    states = []
+    for enabled in (False, True):
+        model = build()
+        options = {"max_steps": 3, "save_strategy": "no", "activation_checkpointing": enabled}
+        Trainer(model, arguments(tmp_path, **options), train_dataset=Images()).train()
+        states.append(model.state_dict())
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_training_moves_every_factor(tmp_path):
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=Images()).train()
+    unmoved = [name for name, tensor in model.named_parameters() if torch.equal(tensor, before[name])]
+    assert unmoved == []
