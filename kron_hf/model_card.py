@@ -1,0 +1,116 @@
+"""A minimal model card: what a reader needs to load a model with Kronecker layers."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from kron_hf.summary import kron_summary
+
+__all__ = ["write_model_card"]
+
+MARKER = "<!-- written by kron_hf -->"
+
+
+def write_model_card(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    dataset: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `README.md`: the line `import kron_hf`, how to load the model, its layers and its figures.
+
+    Args:
+        model: The model that was saved into `directory`.
+        directory: Where the card goes; it must exist.
+        name: Repository or path that the loading line names; None is the name of the directory.
+        dataset: Data set that the metrics were measured on; needed with them.
+        metrics: Figures of the model by name, such as `{"accuracy": 0.97}`.
+        overwrite: Whether to replace a card that kron_hf did not write. Its own it always replaces.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        NotADirectoryError: `directory` is none.
+        FileExistsError: There is a README.md from elsewhere.
+        ValueError: Metrics without a data set.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise NotADirectoryError(f"a model card needs the directory of a saved model, got {str(directory)!r}")
+    if metrics and not dataset:
+        raise ValueError(f"metrics {dict(metrics)} need dataset=, the name of the data they were measured on")
+    path = directory / "README.md"
+    if path.exists() and not overwrite and MARKER not in path.read_text(encoding="utf-8"):
+        raise FileExistsError(f"{path} exists and was not written by kron_hf; pass overwrite=True to replace it")
+    name = name or directory.resolve().name
+    data = _card_data(model, name, dataset, metrics or {})
+    content = f"---\n{data.to_yaml()}\n---\n\n{_body(model, name, dataset, metrics or {})}"
+    ModelCard(content).save(path)
+    return path
+
+
+def _card_data(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> ModelCardData:
+    is_classifier = type(model).__name__.endswith("ForImageClassification")
+    options: dict[str, Any] = {"library_name": "transformers", "tags": ["kron_hf", "kronecker", "block-sparse"]}
+    if is_classifier:
+        options["pipeline_tag"] = "image-classification"
+    if metrics and dataset:
+        task = "image-classification" if is_classifier else "other"
+        options["model_name"] = name
+        options["eval_results"] = [
+            EvalResult(
+                task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=key, metric_value=float(value)
+            )
+            for key, value in metrics.items()
+        ]
+    return ModelCardData(**options)
+
+
+def _body(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> str:
+    summary = kron_summary(model)
+    loader = _loader(model)
+    code = (
+        f"import kron_hf  # teaches from_pretrained to build the Kronecker layers\nfrom transformers import {loader}\n"
+    )
+    parts = [
+        MARKER,
+        f"# {escape_markdown(name)}",
+        "A transformers model whose projections are [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
+        "`kron_hf`: `W = sum_i (S * A_i) (x) B_i`. It needs that package to load:",
+        _fenced(f"{code}\nmodel = {loader}.from_pretrained({name!r})\n", "python"),
+    ]
+    if metrics:
+        rows = [f"| {escape_markdown(key)} | {value:.4f} |" for key, value in metrics.items()]
+        parts.append(f"Measured on {escape_markdown(dataset or '')}:")
+        parts.append("\n".join(["| metric | value |", "|---|---|", *rows]))
+    parts.append(_fenced(str(summary), "text"))
+    versions = f"torch {torch.__version__.partition('+')[0]}"
+    parts.append(f"A zero of S makes a whole block of W exactly zero. Counted from the saved tensors with {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _loader(model: nn.Module) -> str:
+    name = type(model).__name__
+    return "AutoModelForImageClassification" if name.endswith("ForImageClassification") else name
+
+
+def _fenced(code: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code.rstrip()}\n{fence}"
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown shows it literally, on one line: no markup, HTML, link or table cell can start in it."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", text)

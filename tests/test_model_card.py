@@ -1,0 +1,95 @@
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from kron_hf import KronConfig, KronLinear, get_kron_model
+from kron_hf.model_card import escape_markdown, write_model_card
+
+
+@pytest.fixture
+def model():
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, num_labels=10,
+    )  # fmt: skip
+    return get_kron_model(ViTForImageClassification(config), KronConfig(block_size=4, rank=2))
+
+
+def test_card_has_import_line_metrics_and_metadata(model, tmp_path):
+    path = write_model_card(model, tmp_path, name="me/vit", dataset="digits", metrics={"accuracy": 0.975})
+    card = ModelCard.load(path)
+    assert card.data.library_name == "transformers"
+    assert "kron_hf" in card.data.tags
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.eval_results[0].metric_value == 0.975
+    assert "\nimport kron_hf" in card.text
+    assert "AutoModelForImageClassification.from_pretrained('me/vit')" in card.text
+    assert "| accuracy | 0.9750 |" in card.text
+    assert "vit.layers.0.mlp.fc1" in card.text
+
+
+def test_snippet_of_the_card_runs(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    text = write_model_card(model, tmp_path, name=str(tmp_path)).read_text()
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(names["model"].state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert names["AutoModelForImageClassification"] is AutoModelForImageClassification
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("a\n---\nlicense: mit", id="yaml"),
+        pytest.param("```\n# injected", id="fence"),
+        pytest.param("'); import os; os.abort() #", id="python"),
+        pytest.param("<script>alert(1)</script>", id="html"),
+        pytest.param("[x](javascript:alert)|*b*", id="markdown"),
+    ],
+)
+def test_names_cannot_break_out(model, tmp_path, name):
+    text = write_model_card(model, tmp_path, name=name, dataset=name, metrics={"accuracy": 1.0}).read_text()
+    front, _, body = text.removeprefix("---\n").partition("\n---\n")
+    metadata = yaml.safe_load(front)
+    assert metadata["model-index"][0]["name"] == name
+    assert "license" not in metadata
+    title = next(line for line in body.splitlines() if line.startswith("# "))
+    assert title == f"# {escape_markdown(name)}"
+    assert "<script>" not in title
+    fence = next(line for line in body.splitlines() if line.startswith("```")).removesuffix("python")
+    code = body.split(f"{fence}python\n")[1].split(f"\n{fence}\n")[0]
+    assert compile(code, "card", "exec")
+    assert repr(name) in code
+
+
+def test_markdown_is_escaped():
+    assert escape_markdown("a_b *c*\n# d") == r"a\_b \*c\* \# d"
+
+
+def test_foreign_readme_is_kept(model, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        write_model_card(model, tmp_path)
+    assert readme.read_text() == "mine"
+    write_model_card(model, tmp_path, overwrite=True)
+    write_model_card(model, tmp_path, name="again")
+    assert "# again" in readme.read_text()
+
+
+def test_plain_module_and_default_name(tmp_path):
+    directory = tmp_path / "my_net"
+    directory.mkdir()
+    text = write_model_card(nn.Sequential(KronLinear(8, 8, 4, 1)), directory).read_text()
+    assert "# my\\_net" in text
+    assert "pipeline_tag" not in text
+
+
+def test_bad_arguments(model, tmp_path):
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        write_model_card(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="need dataset="):
+        write_model_card(model, tmp_path, metrics={"accuracy": 1.0})
