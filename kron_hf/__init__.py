@@ -3,9 +3,37 @@
 Importing this package also teaches `from_pretrained` to load models with Kronecker layers.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
+from kron_hf.param_groups import kron_param_groups
+from kron_hf.sparsity import Sparsifier
+from kron_hf.summary import kron_summary
 from kron_hf.surgery import to_dense
 
-__all__ = ["KronConfig", "KronLinear", "get_kron_model", "to_dense"]
+if TYPE_CHECKING:
+    from kron_hf.trainer import KronTrainer
+
+__all__ = [
+    "KronConfig",
+    "KronLinear",
+    "KronTrainer",
+    "Sparsifier",
+    "SparsityCallback",
+    "get_kron_model",
+    "kron_param_groups",
+    "kron_summary",
+    "to_dense",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers.Trainer imports datasets, which most uses of this package do not need.
+    if name == "KronTrainer":
+        from kron_hf.trainer import KronTrainer
+
+        return KronTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
