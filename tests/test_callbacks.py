@@ -92,6 +92,24 @@ def test_a_second_training_keeps_the_zeros(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(masks(run.model), before, strict=True))
 
 
+def test_a_training_after_an_interrupted_one_starts_afresh(tmp_path):
+    class InterruptAt12(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                raise KeyboardInterrupt
+
+    interrupt = InterruptAt12()
+    run = trainer(tmp_path, callbacks=[interrupt])
+    (callback,) = [c for c in run.callback_handler.callbacks if isinstance(c, SparsityCallback)]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    first = callback.sparsifier
+    run.remove_callback(interrupt)
+    run.train()
+    assert (first.step_count, callback.sparsifier.step_count) == (12, 40)
+    assert_target(run.model, 0.5)
+
+
 def test_stopping_before_the_end_of_the_ramp_warns(tmp_path):
     class StopAt12(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -126,16 +144,6 @@ def test_loading_a_best_model_from_before_the_freeze_warns(tmp_path, delay):
         ):
             made.train()
         assert model_sparsity(made.model) < 0.5
-
-
-@pytest.mark.parametrize("way", ["model", "argument"])
-def test_works_with_torch_compile(tmp_path, way):
-    model = TinyKron()
-    if way == "model":
-        trainer(tmp_path, torch.compile(model, backend="eager"), remove_unused_columns=False).train()
-    else:
-        trainer(tmp_path, model, torch_compile=True, torch_compile_backend="eager").train()
-    assert_target(model, 0.5)
 
 
 def vit(seed=0):
@@ -186,6 +194,19 @@ def test_vit_resume_is_bit_equal(tmp_path, at):
     resumed = run(tmp_path / "resumed", 1)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     assert_same_weights(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("way", ["compiled-model", "training-argument"])
+def test_works_with_torch_compile(tmp_path, way):
+    model = vit()
+    callback = SparsityCallback(target_sparsity=0.6)
+    if way == "compiled-model":
+        given, options = torch.compile(model, backend="eager"), {"remove_unused_columns": False}
+    else:
+        given, options = model, {"torch_compile": True, "torch_compile_backend": "eager"}
+    Trainer(given, arguments(tmp_path, **options), train_dataset=images(), callbacks=[callback]).train()
+    assert callback.sparsifier.frozen
+    assert 0.6 <= model_sparsity(model) < 0.61
 
 
 def test_bad_options_raise_at_once():
