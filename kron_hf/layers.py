@@ -188,7 +188,13 @@ class KronLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int | tuple[int, int], rank: int) -> Self:
-        """The nearest Kronecker layer to a dense one in the Frobenius norm; exact at full rank. S starts at one."""
+        """The nearest Kronecker layer to a dense one in the Frobenius norm; exact at full rank. S starts at one.
+
+        Raises:
+            ValueError: The weight holds NaN or infinite values.
+        """
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise ValueError("KronLinear.from_linear: the weight holds NaN or infinite values")
         layer = cls.like(linear, block_size, rank)
         with torch.no_grad():
             a, b, _ = nearest_kronecker(linear.weight, layer.block_size, rank)
