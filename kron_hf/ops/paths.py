@@ -4,28 +4,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kron_hf.factors import kron_weight, to_blocks
+from kron_hf.factors import to_blocks
+from kron_hf.ops.cost import Factored, Shape, backward_path, forward_path
+from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["backward", "forward"]
 
+_LAYOUTS: dict[str, type[Layout]] = {"token_major": TokenMajor, "token_last": TokenLast}
+
 
 def forward(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + bias`."""
+    """`x W^T + bias`, see `operator.kron_linear`."""
     with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1])
-        out = F.linear(rows, kron_weight(s, a, b), bias)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = _product(rows, s * a, b, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
     """Gradients for x, s, a, b and bias; an empty tensor for each that is not needed."""
+    need_x, need_s, need_a, need_b, need_bias = needed
+    empty = x.new_empty(0)
     with torch.autocast(x.device.type, enabled=False):
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-        weight = kron_weight(s, a, b)
-        grad_x = (grad_rows @ weight).view(x.shape) if needed[0] else x.new_empty(0)
-        grad_weight = grad_rows.T @ rows
-        blocks = to_blocks(grad_weight, (b.shape[1], b.shape[2]))  # [O * I, bo * bi]
-        grad_m = (b.flatten(1) @ blocks.T).view(a.shape)
-        grad_b = ((s * a).flatten(1) @ blocks).view(b.shape)
-        grads = (grad_x, (grad_m * a).sum(0), grad_m * s, grad_b, grad_rows.sum(0))
-        return tuple(grad if wanted else x.new_empty(0) for grad, wanted in zip(grads, needed, strict=True))
+        g = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        m = s * a
+        grad_x = grad_m = grad_b = empty
+        if need_s or need_a or need_b:
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            path = backward_path(_shape(rows, m, b))
+            if path is None:
+                grad_m, grad_b = _dense_parameter_gradients(g, rows, m, b)
+            else:
+                grad_x, grad_m, grad_b = _factored_gradients(path, g, rows, m, b, need_x)
+                need_x = False
+        if need_x:
+            grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
+        return (
+            grad_x.view(x.shape) if needed[0] else empty,
+            (grad_m * a).sum(0).to(s.dtype) if need_s else empty,
+            (grad_m * s).to(a.dtype) if need_a else empty,
+            grad_b.to(b.dtype) if need_b else empty,
+            g.sum(0) if need_bias else empty,
+        )
+
+
+def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
+    rank, out_blocks, in_blocks = m.shape
+    return Shape(rows.device.type, rows.dtype, rows.shape[0], out_blocks, in_blocks, b.shape[1], b.shape[2], rank)
+
+
+def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows W^T + bias` with `W = sum_i m_i (x) b_i`."""
+    path = forward_path(_shape(rows, m, b))
+    if path is None:
+        return F.linear(rows, _weight(m, b), bias)
+    layout = _layout(path, m, b)
+    out = rows.new_empty(rows.shape[0], m.shape[1] * b.shape[1])
+    for start in range(0, rows.shape[0], path.chunk):
+        x, y = rows[start : start + path.chunk], out[start : start + path.chunk]
+        if path.order == "b_first":
+            layout.contract(layout.expand(x), bias, y)
+        else:
+            layout.finish(layout.pull(x), bias, y)
+    return out
+
+
+def _layout(path: Factored, m: Tensor, b: Tensor) -> Layout:
+    """The layout of the factors, for the order "m_first" of the transposed factors."""
+    if path.order == "m_first":
+        m, b = m.transpose(1, 2), b.transpose(1, 2)
+    return _LAYOUTS[path.layout](m, b)
+
+
+def _weight(m: Tensor, b: Tensor) -> Tensor:
+    """`sum_i m_i (x) b_i`, as `factors.kron_weight` for S inside m."""
+    (_, out_blocks, in_blocks), (_, block_out, block_in) = m.shape, b.shape
+    blocks = (m.flatten(1).T @ b.flatten(1)).view(out_blocks, in_blocks, block_out, block_in)
+    return blocks.transpose(1, 2).reshape(out_blocks * block_out, in_blocks * block_in)
+
+
+def _dense_parameter_gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """dM and dB from the gradient of W: one large matrix product, cheap where the rank is high."""
+    accumulate = torch.promote_types(g.dtype, torch.float32)
+    blocks = to_blocks(g.T @ rows, (b.shape[1], b.shape[2])).to(accumulate)  # [O * I, bo * bi]
+    grad_m = b.flatten(1).to(accumulate) @ blocks.T
+    grad_b = m.flatten(1).to(accumulate) @ blocks
+    return grad_m.view(m.shape), grad_b.view(b.shape)
+
+
+def _factored_gradients(
+    path: Factored, g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x (empty if not needed), M and B, a chunk of tokens at a time."""
+    layout, m_first = _layout(path, m, b), path.order == "m_first"
+    accumulate = torch.promote_types(g.dtype, torch.float32)
+    grad_m, grad_b = layout.zero_grad_m(accumulate), layout.zero_grad_b(accumulate)
+    grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
+    for start in range(0, rows.shape[0], path.chunk):
+        chunk = slice(start, start + path.chunk)
+        left, right = (rows[chunk], g[chunk]) if m_first else (g[chunk], rows[chunk])
+        z = layout.expand(right)
+        layout.grad_m(left, z, grad_m)
+        v = layout.pull(left)
+        layout.grad_b(v, right, grad_b)
+        if need_x:
+            if m_first:
+                layout.contract(z, None, grad_x[chunk])
+            else:
+                layout.finish(v, None, grad_x[chunk])
+    m_total, b_total = layout.unpack_m(grad_m), layout.unpack_b(grad_b)
+    return (grad_x, m_total.transpose(1, 2), b_total.transpose(1, 2)) if m_first else (grad_x, m_total, b_total)
