@@ -17,16 +17,8 @@ __all__ = ["ImageData", "load_image_data", "read_idx"]
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 HUB_FASHION_MNIST = "zalando-datasets/fashion_mnist"
 FASHION_NAMES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle-boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
 SPLIT_SEED = 0  # the splits are part of the data set: no run may draw others
 
@@ -107,12 +99,12 @@ def _digits() -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    images, labels = load_digits(return_X_y=True)
-    images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    labels = labels.astype(np.int64)
+    digits: Any = load_digits()
+    images: Images = (digits.data.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    labels: Labels = digits.target.astype(np.int64)
     rest, test = train_test_split(np.arange(1797), test_size=360, random_state=SPLIT_SEED, stratify=labels)
     train, validation = train_test_split(rest, test_size=237, random_state=SPLIT_SEED, stratify=labels[rest])
-    splits = [(images[chosen], labels[chosen]) for chosen in (train, validation, test)]
+    splits: list[tuple[Images, Labels]] = [(images[chosen], labels[chosen]) for chosen in (train, validation, test)]
     return _image_data("digits", [str(digit) for digit in range(10)], splits, shift=1)
 
 

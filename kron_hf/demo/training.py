@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -150,7 +150,8 @@ def accuracy(model: ViTForImageClassification, images: Dataset) -> float:
 
     metric = evaluate.load(ACCURACY)
     model.eval()
-    for batch in images.iter(batch_size=256):
+    for rows in images.iter(batch_size=256):
+        batch = cast(dict[str, Any], rows)
         logits = model(pixel_values=torch.stack(batch["pixel_values"]).to(model.device)).logits
         metric.add_batch(predictions=logits.argmax(-1).cpu(), references=batch["labels"])
     result = metric.compute()

@@ -1,0 +1,92 @@
+"""The command line `kron-hf`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["main"]
+
+# What the user can cause; anything else is a bug and keeps its traceback.
+USER_ERRORS = (OSError, ValueError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `kron-hf` and returns its exit status: 0, or 1 after an error that the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except USER_ERRORS as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs {error.name}: pip install 'kron_hf[demo]'")
+    except KeyboardInterrupt:
+        return _fail("interrupted")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kron-hf", description="Kronecker-sparse layers for Hugging Face models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train, save, reload and compare a small dense and Kronecker ViT")
+    demo.add_argument("--output-dir", default="kron-demo", metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.set_defaults(command=_demo)
+
+    summary = commands.add_parser("summary", help="parameters, sparsity and FLOPs of a saved model")
+    summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
+    summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    summary.set_defaults(command=_summary)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from kron_hf.demo.run import run_demo
+
+    run_demo(options.output_dir, seed=options.seed, write=_write)
+
+
+def _summary(options: argparse.Namespace) -> None:
+    import json
+
+    from kron_hf.progress import quiet_transformers
+    from kron_hf.summary import kron_summary
+
+    with quiet_transformers():
+        summary = kron_summary(_load(options.model))
+    _write(json.dumps(summary.to_dict(), indent=2) if options.json else str(summary))
+
+
+def _load(name: str) -> "PreTrainedModel":
+    """The saved model, with its head; reads no weights of a model without Kronecker layers."""
+    from transformers import AutoConfig
+
+    from kron_hf.model import _class_for
+
+    # A local path must not become a question to the Hub.
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise NotADirectoryError(f"{name} is no directory")
+    config = AutoConfig.from_pretrained(name)
+    method = getattr(config, "quantization_config", None) or {}
+    if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":
+        raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
+    return _class_for(config, with_head=False).from_pretrained(name)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"kron-hf: error: {message.strip()}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
