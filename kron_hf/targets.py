@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
     named = config.target_modules is not None and config.target_modules != "all-linear"
     matches, owners = _matcher(model, config, named), _weight_owners(model)
     targets: list[Target] = []
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     # Second names of shared modules, too: naming one is an error, not a miss.
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or not matches(name):
@@ -64,12 +64,12 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
         except ValueError as error:
             if named:
                 raise
-            skipped.append(str(error))
+            skipped[name] = str(error)
     if not targets:
-        raise ValueError(_no_match_message(model, config, skipped))
+        raise ValueError(_no_match_message(model, config, list(skipped.values())))
     if skipped:
-        warnings.warn(f"Left dense: {'; '.join(skipped)}", stacklevel=4)
-    _warn_unused(model, config, targets)
+        warnings.warn(f"Left dense: {'; '.join(skipped.values())}", stacklevel=4)
+    _warn_unused(model, config, [*(target.name for target in targets), *skipped])
     _warn_not_cheaper(targets)
     return targets
 
@@ -216,17 +216,17 @@ def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) 
     return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
 
 
-def _warn_unused(model: nn.Module, config: KronConfig, targets: list[Target]) -> None:
+def _warn_unused(model: nn.Module, config: KronConfig, chosen: list[str]) -> None:
     """Warns about every entry of the config that selects nothing: most likely a misspelt name."""
     for field_name in ("block_size_pattern", "rank_pattern"):
         for pattern in getattr(config, field_name):
-            if not any(get_pattern_key([pattern], target.name) == pattern for target in targets):
-                _warn_unused_entry(field_name, pattern, "of the replaced modules")
+            if not any(get_pattern_key([pattern], name) == pattern for name in chosen):
+                _warn_unused_entry(field_name, pattern, "of the chosen modules")
     indices = config.layers_to_transform
     for index in [indices] if isinstance(indices, int) else indices or []:
         alone = replace(config, layers_to_transform=[index], exclude_modules=None)
-        if not any(_is_chosen(alone, target.name) for target in targets):
-            _warn_unused_entry("layers_to_transform", index, "of the replaced modules")
+        if not any(_is_chosen(alone, name) for name in chosen):
+            _warn_unused_entry("layers_to_transform", index, "of the chosen modules")
     for field_name in ("target_modules", "exclude_modules"):
         entries = getattr(config, field_name)
         for entry in entries if isinstance(entries, list) else []:
