@@ -6,6 +6,7 @@ Everything is decided and checked here before `surgery` touches the model.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -94,16 +95,24 @@ def _check_model(model: nn.Module) -> None:
             f"the model already has {len(converted)} Kronecker layers (first: {converted[0]}); convert a dense model, "
             "or turn this one back with kron_hf.to_dense(model) first"
         )
-    if any(_is_quantized(module) for module in model.modules()):
+    methods = {method for module in model.modules() if (method := _quant_method(module))}
+    if "kron" in methods:
+        raise ValueError(
+            "the model was built from the config of a Kronecker checkpoint, but not loaded from it; load it with "
+            "from_pretrained, or delete config.quantization_config to convert a new model"
+        )
+    if methods:
         raise ValueError(
             "the model is quantized; Kronecker layers replace plain nn.Linear weights, so load it without "
             "quantization_config, convert it, and quantize afterwards"
         )
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    entry = getattr(getattr(module, "config", None), "quantization_config", None)
-    return entry is not None or getattr(module, "is_quantized", False) is True
+def _quant_method(module: nn.Module) -> str | None:
+    entry: Any = getattr(getattr(module, "config", None), "quantization_config", None)
+    if entry is None:
+        return "unknown" if getattr(module, "is_quantized", False) is True else None
+    return str(entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None))
 
 
 def _matcher(model: nn.Module, config: KronConfig, named: bool) -> Callable[[str], bool]:

@@ -369,3 +369,9 @@ def test_a_kronecker_checkpoint_as_base_is_refused(tmp_path):
     wanted = config(base_model_name_or_path=str(tmp_path), init_weights="random")
     with pytest.raises(ValueError, match="already has 12 Kronecker layers"):
         get_kron_model(wanted)
+
+
+def test_the_config_of_a_kronecker_checkpoint_is_no_base_to_start_anew_from(tmp_path):
+    get_kron_model(vit(), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="built from the config of a Kronecker checkpoint, but not loaded from it"):
+        get_kron_model(config(base_model_name_or_path=str(tmp_path)), pretrained=False)
