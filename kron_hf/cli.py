@@ -54,7 +54,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _summary(options: argparse.Namespace) -> None:
     import json
 
-    from kron_hf.progress import quiet_transformers
+    from kron_hf.demo.quiet import quiet_transformers
     from kron_hf.summary import kron_summary
 
     with quiet_transformers():
@@ -71,7 +71,13 @@ def _load(name: str) -> "PreTrainedModel":
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise NotADirectoryError(f"{name} is no directory")
-    config = AutoConfig.from_pretrained(name)
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
     method = getattr(config, "quantization_config", None) or {}
     if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")

@@ -113,4 +113,4 @@ def escape_markdown(text: str) -> str:
     """Text as Markdown shows it literally, on one line: no markup, HTML, link or table cell can start in it."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)

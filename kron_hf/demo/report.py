@@ -85,20 +85,23 @@ def _label(name: str) -> str:
     return " ".join([*(part for part in parts[:-1] if part.isdigit()), parts[-1]])
 
 
-def save_mask_picture(masks: dict[str, Tensor], path: Path) -> None:
-    """Draws every mask into one PNG: dark blocks are alive, light ones exactly zero."""
+def save_mask_picture(model: nn.Module, path: Path) -> None:
+    """Draws every mask into one PNG, in the shape of its weight: dark blocks are alive, light ones exactly zero."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    masks, layers = named_masks(model), kron_layers(model)
     columns = min(6, len(masks))
     rows = -(-len(masks) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("Blocks of the weights: dark = alive, light = exactly zero")
-    for index, (name, mask) in enumerate(masks.items()):
+    for index, ((name, mask), layer) in enumerate(zip(masks.items(), layers, strict=True)):
+        block_out, block_in = layer.block_size
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(mask.float().numpy(), cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest")
-        axes.set_title(f"{_label(name)}\nsparsity {1 - mask.float().mean():.2f}", fontsize=8)
+        picture = mask.float().numpy()
+        axes.imshow(picture, cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest", aspect=block_out / block_in)
+        axes.set_title(f"{_label(name)}\nsparsity {1 - picture.mean():.2f}", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.savefig(path, dpi=100)

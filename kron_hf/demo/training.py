@@ -44,15 +44,15 @@ class Recipe:
         target_sparsity: Share of zero blocks that the twin is trained to.
     """
 
-    hidden_size: int = 64
+    hidden_size: int = 96
     layers: int = 3
     patch_size: int = 4
-    epochs: int = 50
-    batch_size: int = 96
+    epochs: int = 60
+    batch_size: int = 120
     learning_rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     weight_decay: float = 0.05
-    block_size: int | tuple[int, int] = 4
-    rank: int = 2
+    block_size: int | tuple[int, int] = (2, 8)
+    rank: int = 4
     target_sparsity: float = 0.5
 
     def steps(self, images: int) -> int:

@@ -1,4 +1,4 @@
-"""Keeps output clean where kron_hf shows its own."""
+"""Keeps the output of the command line clean."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
