@@ -66,7 +66,7 @@ def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
     from transformers import AutoConfig
 
-    from kron_hf.model import _class_for
+    from kron_hf.model import model_class_for
 
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -81,7 +81,7 @@ def _load(name: str) -> "PreTrainedModel":
     method = getattr(config, "quantization_config", None) or {}
     if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
-    return _class_for(config, with_head=False).from_pretrained(name)
+    return model_class_for(config, with_head=False).from_pretrained(name)
 
 
 def _write(text: str) -> None:

@@ -163,6 +163,10 @@ class KronLinear(nn.Module):
     @torch.no_grad()
     def freeze_mask(self) -> None:
         """Makes every present zero of S permanent: masked in the forward, without gradient, zero in what is saved."""
+        self._zero_dead_blocks()
+        self._mask_zeros()
+
+    def _mask_zeros(self) -> None:
         dead = self.s.detach() == 0
         self.dead_blocks = dead if bool(dead.any()) else None
 
@@ -184,7 +188,7 @@ class KronLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "s" in state_dict and not self.s.is_meta:
-            self.freeze_mask()
+            self._mask_zeros()  # those of the loaded S alone
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int | tuple[int, int], rank: int) -> Self:

@@ -13,7 +13,7 @@ from kron_hf.layers import KronLinear
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 
-__all__ = ["get_kron_model"]
+__all__ = ["get_kron_model", "model_class_for"]
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -125,14 +125,14 @@ def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: d
     revision = {} if config.revision is None else {"revision": config.revision}
     loaded: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
     model_config, unused = loaded
-    model_class = auto_class or _class_for(model_config, with_head="num_labels" in kwargs)
+    model_class = auto_class or model_class_for(model_config, with_head="num_labels" in kwargs)
     if pretrained:
         return model_class.from_pretrained(name, **revision, **kwargs)
     build = getattr(model_class, "from_config", None) or model_class._from_config
     return build(model_config, **unused)
 
 
-def _class_for(config: PreTrainedConfig, with_head: bool) -> Any:
+def model_class_for(config: PreTrainedConfig, with_head: bool) -> Any:
     """The class that the checkpoint was saved from, looked up among transformers' model classes only."""
     name = (config.architectures or [""])[0]
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None

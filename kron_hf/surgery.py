@@ -12,6 +12,8 @@ from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target, pretrained_parts
 
+EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: rounding in float32
+
 __all__ = ["make_layers", "replace_modules", "to_dense"]
 
 
@@ -35,11 +37,12 @@ def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinea
     if energies:
         total = sum(energy for energy, _ in energies)
         retained = sum(kept for _, kept in energies) / total if total else 1.0
-        warnings.warn(
-            f"init_weights='nearest' kept {retained:.1%} of the energy of the replaced weights "
-            f"(relative error {(1 - min(retained, 1.0)) ** 0.5:.2f}); expect to train the model again",
-            stacklevel=4,
-        )
+        if retained < EXACT:
+            warnings.warn(
+                f"init_weights='nearest' kept {retained:.1%} of the energy of the replaced weights "
+                f"(relative error {(1 - retained) ** 0.5:.2f}); expect to train the model again",
+                stacklevel=4,
+            )
     return layers
 
 

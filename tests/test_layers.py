@@ -540,3 +540,15 @@ def test_the_mask_survives(convert):
 
 def test_state_dict_on_meta_with_a_frozen_mask():
     assert frozen_layer().to("meta").state_dict()["s"].is_meta
+
+
+def test_freezing_again_keeps_dead_blocks_that_an_optimizer_moved():
+    layer = KronLinear(8, 8, 4, 1)
+    with torch.no_grad():
+        layer.s[0, 1] = 0
+    layer.freeze_mask()
+    with torch.no_grad():
+        layer.s.add_(0.5)
+    layer.freeze_mask()
+    assert layer.block_mask.tolist() == [[True, False], [True, True]]
+    assert layer.s[0, 1].item() == 0

@@ -77,7 +77,6 @@ def test_every_family_is_converted_in_place_and_trains(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore:init_weights='nearest' kept:UserWarning")
 @pytest.mark.filterwarnings("ignore:These modules need as many FLOPs:UserWarning")
 def test_nearest_at_full_rank_keeps_the_function(family):
     model = FAMILIES[family]().double().eval()
