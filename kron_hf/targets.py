@@ -27,8 +27,6 @@ PROJECTIONS = {
 }
 # BERT's style: a plain `dense` is a projection when it stands directly in one of these.
 DENSE_PARENTS = {"intermediate", "output"}
-# Parts of an encoder that hold linears which are no projections.
-NOT_PROJECTIONS = {"pooler", "head", "downsample", "continuous_position_bias_mlp"}
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # torch modules that read the weights of their linears directly, instead of calling them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -143,7 +141,7 @@ def _is_projection(name: str) -> bool:
     *parents, last = name.split(".")
     inside_stack = any(part.isdigit() for part in parents)
     known = last in PROJECTIONS or (last == "dense" and bool(parents) and parents[-1] in DENSE_PARENTS)
-    return inside_stack and known and not NOT_PROJECTIONS.intersection(parents)
+    return inside_stack and known
 
 
 def _all_linear_names(model: nn.Module) -> Iterator[str]:
