@@ -23,7 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kron_hf.layers import KronLinear
 
-__all__ = ["KronCheckpointConfig", "attach_kron_config", "detach_kron_config", "holds_trained_weights"]
+__all__ = [
+    "KronCheckpointConfig",
+    "attach_kron_config",
+    "carry_trained_mark",
+    "detach_kron_config",
+    "holds_trained_weights",
+]
 
 QUANT_METHOD = "kron"
 FORMAT_VERSION = 1
@@ -96,8 +102,8 @@ class KronHfQuantizer(HfQuantizer):
         modules = _names_in(model, self.quantization_config.modules)
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
         if kwargs.get("checkpoint_files") is not None:
-            stored = {stored_name: layers[name] for name, (stored_name, _) in modules.items()}
-            _check_files(kwargs["checkpoint_files"], stored, self.quantization_config.modules)
+            names = {name: stored_name for name, (stored_name, _) in modules.items()}
+            _check_files(kwargs["checkpoint_files"], layers, names, set(self.quantization_config.modules))
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
@@ -141,9 +147,9 @@ def attach_kron_config(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
-    # transformers would rename tensors to older names on saving, which Trainer's resume and load_best_model_at_end,
-    # that use plain load_state_dict, then silently skip.
-    model._weight_conversions = []
+            # transformers would rename tensors to older names on saving, which Trainer's resume and
+            # load_best_model_at_end, that use plain load_state_dict, then silently skip.
+            module._weight_conversions = []
     model.add_model_tags(["kron_hf"])
 
 
@@ -155,15 +161,29 @@ def detach_kron_config(model: nn.Module) -> None:
     for name in ("quantization_config", "fusion_config"):
         if hasattr(config, name):
             delattr(config, name)
-    if "_weight_conversions" in vars(model):
-        del model._weight_conversions
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and "_weight_conversions" in vars(module):
+            del module._weight_conversions
     if model.model_tags is not None and "kron_hf" in model.model_tags:
         model.model_tags.remove("kron_hf")
 
 
 def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:
     """Whether `from_pretrained` filled one of these parameters; weights drawn from a config do not count."""
-    return isinstance(model, PreTrainedModel) and any(getattr(p, "_is_hf_initialized", False) for p in parameters)
+    # A deep copy loses the marks of its parameters, but not the first one.
+    loaded = "_weight_conversions" in vars(model)
+    return isinstance(model, PreTrainedModel) and (loaded or any(map(_is_marked, parameters)))
+
+
+def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
+    """Lets `holds_trained_weights` see the parameters of `target` as it saw those of the `source` they replace."""
+    if any(map(_is_marked, source.parameters())):
+        for parameter in target.parameters():
+            parameter._is_hf_initialized = True
+
+
+def _is_marked(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _own_config(model: PreTrainedModel) -> Any:
@@ -230,8 +250,15 @@ def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> Kr
         ) from None
 
 
-def _check_files(files: list[str], layers: dict[str, KronLinear], modules: dict[str, Any]) -> None:
-    """Compares the headers of the weight files with the map, before anything is allocated."""
+def _check_files(files: list[str], layers: dict[str, KronLinear], stored: dict[str, str], mapped: set[str]) -> None:
+    """Compares the headers of the weight files with the map, before anything is allocated.
+
+    Args:
+        files: The weight files.
+        layers: The expected layers by their names in the model.
+        stored: The names that the map gives them.
+        mapped: All names of the map.
+    """
     shapes: dict[str, tuple[str, list[int]]] = {}
     for file in files:
         name = Path(file).name
@@ -244,12 +271,14 @@ def _check_files(files: list[str], layers: dict[str, KronLinear], modules: dict[
             raise ValueError(f"{name}: not a readable safetensors file, perhaps truncated ({error})") from error
     listed = ", ".join(Path(file).name for file in files)
     factored = {key.removesuffix(".s") for key in shapes if key.endswith(".s")}
-    unmapped = sorted(name for name in factored - modules.keys() if {f"{name}.a", f"{name}.b"} <= shapes.keys())
+    unmapped = sorted(name for name in factored - mapped - layers.keys() if {f"{name}.a", f"{name}.b"} <= shapes.keys())
     if unmapped:
         raise ValueError(
             f"config.json: {listed} holds Kronecker factors of {unmapped[0]!r}, which the map does not name"
         )
-    for module_name, layer in layers.items():
+    for name, layer in layers.items():
+        # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
+        module_name = name if f"{name}.s" in shapes else stored[name]
         for key, tensor in layer.state_dict().items():
             full = f"{module_name}.{key}"
             if full not in shapes:
@@ -263,5 +292,5 @@ def _check_files(files: list[str], layers: dict[str, KronLinear], modules: dict[
 
 def _check_loaded(name: str, layer: KronLinear) -> None:
     for key, parameter in layer.named_parameters():
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+        if not parameter.is_meta and not _is_marked(parameter):
             raise ValueError(f"tensor {f'{name}.{key}'!r} is missing from the given state_dict")

@@ -60,11 +60,12 @@ def nearest_kronecker(weight: Tensor, block_size: tuple[int, int], rank: int) ->
     rows = to_blocks(weight, block_size)
     rows = rows.double() if weight.dtype == torch.float64 else rows.float()
     u, values, vh = cast(tuple[Tensor, Tensor, Tensor], _svd(rows))
-    kept = min(rank, len(values))
+    # Terms below the numerical rank carry rounding errors only: too small to fit anything, or to be trained.
+    rounding = float(values[0]) * torch.finfo(rows.dtype).eps * max(rows.shape)
+    kept = min(rank, int((values > rounding).sum()))
     root = values[:kept].sqrt()
-    a = torch.randn(rank, out_blocks * in_blocks, dtype=rows.dtype, device=rows.device) * balanced_std(
-        rank, float(rows.var(correction=0))
-    )
+    std = balanced_std(rank, float(rows.var(correction=0)) or 1 / (3 * weight.shape[1]))
+    a = torch.randn(rank, out_blocks * in_blocks, dtype=rows.dtype, device=rows.device) * std
     b = rows.new_zeros(rank, block_out * block_in)
     a[:kept] = (u[:, :kept] * root).T
     b[:kept] = root[:, None] * vh[:kept]

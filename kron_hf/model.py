@@ -16,6 +16,11 @@ from kron_hf.targets import Target, find_targets, pretrained_parts
 __all__ = ["get_kron_model", "model_class_for"]
 
 
+CHOICES = """\
+  KronConfig(..., init_weights="random")      # new weights for the replaced modules
+  KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further
+  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)"""
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -100,12 +105,7 @@ def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) ->
         return config.init_weights
     weights: list[Tensor] = [target.linear.weight for target in targets]
     if any(holds_trained_weights(part, weights) for part in pretrained_parts(model).values()):
-        raise ValueError(
-            "this model holds trained weights, and replacing them is a choice; write one of\n"
-            '  KronConfig(..., init_weights="random")      # new weights, to train from scratch\n'
-            '  KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further\n'
-            '  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)'
-        )
+        raise ValueError("this model holds trained weights, and replacing them is a choice; write one of\n" + CHOICES)
     return "random"
 
 
@@ -117,10 +117,7 @@ def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: d
         # Said before anything is downloaded or loaded.
         raise ValueError(
             "get_kron_model(config) loads trained weights, and replacing them is a choice; write one of\n"
-            '  KronConfig(..., init_weights="random")      # new weights for the replaced modules\n'
-            '  KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further\n'
-            '  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)\n'
-            "or get_kron_model(config, pretrained=False) to train from scratch"
+            f"{CHOICES}\nor get_kron_model(config, pretrained=False) to train from scratch"
         )
     revision = {} if config.revision is None else {"revision": config.revision}
     loaded: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)

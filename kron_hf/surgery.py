@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from kron_hf.checkpoint import detach_kron_config
+from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target, pretrained_parts
@@ -67,6 +67,8 @@ def to_dense(model: nn.Module) -> nn.Module:
         name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, KronLinear)
     }
     linears = {layer: layer.to_linear() for layer in names.values()}
+    for layer, linear in linears.items():
+        carry_trained_mark(layer, linear)
     replace_modules(model, {name: linears[layer] for name, layer in names.items()})
     for part in pretrained_parts(model).values():
         detach_kron_config(part)

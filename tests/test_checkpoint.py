@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -297,3 +298,23 @@ def test_loading_without_importing_kron_hf_raises(tmp_path):
         "ignore_mismatched_sizes raised True",
         "guard_removed raised False",
     ]
+
+
+def test_the_backbone_inside_a_headed_model_saves_by_itself(tmp_path):
+    model = build()
+    inputs = example_input(model)
+    model.vit.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path)
+    assert_equal(outputs_of(loaded, inputs), outputs_of(model.vit, inputs))
+
+
+@pytest.mark.parametrize("route", ["deepcopy", "to_dense"])
+def test_trained_weights_are_known_after(tmp_path, route):
+    if route == "deepcopy":
+        FAMILIES["vit"]().save_pretrained(tmp_path)
+        model = copy.deepcopy(ViTForImageClassification.from_pretrained(tmp_path))
+    else:
+        build().save_pretrained(tmp_path)
+        model = to_dense(ViTForImageClassification.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="holds trained weights"):
+        get_kron_model(model, CONFIG)

@@ -227,3 +227,16 @@ def test_a_dense_model_converts_again():
     weight = kron.vit.layers[0].mlp.fc1.dense_weight().detach()
     again = get_kron_model(to_dense(kron), KronConfig(block_size=(4, 8), rank=1, init_weights="nearest"))
     torch.testing.assert_close(again.vit.layers[0].mlp.fc1.dense_weight(), weight)
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one"])
+def test_nearest_of_a_deficient_weight_can_still_be_trained(kind):
+    linear = nn.Linear(16, 16, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.zeros(16, 16) if kind == "zero" else torch.ones(16, 16))
+    layer = make(linear, "nearest", rank=3)
+    torch.testing.assert_close(layer.dense_weight(), linear.weight)
+    layer(torch.randn(4, 16)).sum().backward()
+    norms = layer.a.detach().flatten(1).norm(dim=1) + layer.b.detach().flatten(1).norm(dim=1)
+    assert norms.min() > 0.1
+    assert (layer.b.grad.flatten(1).norm(dim=1) > 1e-3).all()
