@@ -36,7 +36,7 @@ class ImageData:
         label_names: Name of each class.
         mean: Mean pixel of the training images, on a scale from 0 to 1; pixels are normalised with it.
         std: Their standard deviation.
-        train: Training images, each shifted by up to one pixel (digits) or two, anew each time it is read.
+        train: Training images; digits are shifted by up to one pixel, anew each time one is read.
         validation: For every choice.
         test: For the final figures only.
     """
@@ -117,7 +117,7 @@ def _from_arrays(
         (images[-held_out:], labels[-held_out:]),
         (test_images, test_labels),
     ]
-    return _image_data(name, label_names, splits, shift=2)
+    return _image_data(name, label_names, splits, shift=0)
 
 
 def _idx_folder(folder: Path) -> tuple[Images, Labels, Images, Labels]:
