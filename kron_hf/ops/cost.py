@@ -1,6 +1,14 @@
-"""Which way of computing a Kronecker-sparse product is cheapest for given shapes."""
+"""Which way of computing a Kronecker-sparse product is cheapest for given shapes.
+
+Costs are in multiply-adds of a large dense product, a token. On CPUs they are fitted to measurements on one core of an
+AVX-512 machine (torch 2.13, MKL): a factored product costs its own multiply-adds at a lower rate, and something for
+every float of input and output, which stands for the traffic, and for each call.
+`examples/benchmarks/kron_linear_cpu.py` shows how well the choices hold on a given machine.
+"""
 
 from functools import lru_cache
+from itertools import product
+from math import log2
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,48 +60,108 @@ class Factored(NamedTuple):
     chunk: int
 
 
+class _Rates(NamedTuple):
+    """Cost of a multiply-add and of a float of input or output, forward and backward."""
+
+    forward: float
+    forward_float: float
+    backward: float
+    backward_float: float
+
+
+_CPU_RATES = {
+    "token_major": _Rates(1.25, 15, 1.45, 30),
+    "token_last": _Rates(1.1, 46, 1.4, 80),
+}
+_CPU_RATES_BY_DTYPE = {
+    # The dense product is twice as fast here, moving data is not.
+    torch.bfloat16: {"token_major": _Rates(1.2, 54, 1.5, 200), "token_last": _Rates(1.0, 154, 1.7, 250)},
+    # Small products have no fast kernel; the dense backward has none either, so that factors win there anyway.
+    torch.float16: {"token_major": _Rates(5, 20, 1.45, 40), "token_last": _Rates(22, 46, 1.4, 95)},
+}
+_BUILD_COST = 30  # an entry of W: to build it
+_WEIGHT_GRADIENT_COST = 80  # an entry of W: to reduce its gradient to those of M_i and B_i
+_CALL_COST = 15e6  # to wake the other threads for one call of torch: 0.15 ms, where OpenMP threads sleep in between
+_CALLS = {"token_major": (2, 7), "token_last": (4, 7)}  # a chunk, forward and backward
+_MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
+_TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
+# Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache.
+_CHUNK_FLOATS = {"token_major": 2**22, "token_last": 2**21}
+_MAX_CHUNK = 2048
+
+
 @lru_cache(maxsize=4096)
 def forward_path(shape: Shape) -> Factored | None:
     """The cheapest way to `x W^T`; None is to build W."""
-    path = _best_factored(shape)
-    return path if _forward_cost(shape, path) < shape.out_features * shape.in_features else None
+    path = min(_candidates(shape), key=lambda path: _forward_cost(shape, path))
+    if shape.device_type != "cpu":
+        return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
+    return path if _forward_cost(shape, path) < _MARGIN * _dense_cost(shape, _BUILD_COST, calls=3) else None
 
 
 @lru_cache(maxsize=4096)
 def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
-    path = _best_factored(shape)
-    dense = shape.out_features * shape.in_features
-    apart = dense + min(dense, _forward_cost(shape.transposed, _best_factored(shape.transposed)))
-    return path if _backward_cost(shape, path) < apart else None
+    path = min(_candidates(shape), key=lambda path: _backward_cost(shape, path))
+    if shape.device_type != "cpu":
+        return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
+    weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
+    input_path = forward_path(shape.transposed)
+    if input_path is None:
+        grad_input = _dense_cost(shape, _BUILD_COST, calls=3)
+    else:
+        grad_input = _forward_cost(shape.transposed, input_path)
+    return path if _backward_cost(shape, path) < weight_gradient + grad_input else None
 
 
-def _best_factored(shape: Shape) -> Factored:
-    b_first, m_first = _products(shape)
-    order, inner = ("b_first", shape.block_out) if sum(b_first) <= sum(m_first) else ("m_first", shape.block_in)
-    layout = "token_major" if inner >= 16 else "token_last"
-    return Factored(layout, order, _chunk(shape))
+def _candidates(shape: Shape) -> list[Factored]:
+    if shape.device_type != "cpu":
+        # Not measured: large products rather than one a token, few launches, and only where the FLOPs leave room.
+        return [Factored("token_last", order, 8192) for order in ("b_first", "m_first")]
+    paths = []
+    for layout, order in product(("token_major", "token_last"), ("b_first", "m_first")):
+        inner = shape.block_out if order == "b_first" else shape.block_in
+        if layout == "token_last" or inner >= _TOKEN_MAJOR_MIN_BLOCK:
+            paths.append(Factored(layout, order, _chunk(shape, layout, order)))
+    return paths
 
 
-def _products(shape: Shape) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Multiply-adds a token of the products with (B_i, M_i), for each order."""
-    _, _, _, out_blocks, in_blocks, block_out, block_in, rank = shape
-    b_first = (rank * shape.in_features * block_out, rank * in_blocks * shape.out_features)
-    m_first = (rank * shape.out_features * block_in, rank * out_blocks * shape.in_features)
-    return b_first, m_first
+def _chunk(shape: Shape, layout: str, order: str) -> int:
+    """Tokens a chunk, a power of two."""
+    between = shape.in_blocks * shape.block_out if order == "b_first" else shape.out_blocks * shape.block_in
+    floats = 2 * shape.rank * between + 1.5 * (shape.in_features + shape.out_features)
+    return min(_MAX_CHUNK, 2 ** max(4, round(log2(_CHUNK_FLOATS[layout] / floats))))
+
+
+def _multiply_adds(shape: Shape, path: Factored) -> tuple[int, int]:
+    """Of the products with B_i and with M_i in the forward, a token."""
+    if path.order == "b_first":
+        with_b, with_m = shape.in_features * shape.block_out, shape.in_blocks * shape.out_features
+    else:
+        with_b, with_m = shape.out_features * shape.block_in, shape.out_blocks * shape.in_features
+    return shape.rank * with_b, shape.rank * with_m
+
+
+def _dense_cost(shape: Shape, once_per_entry: int = 0, calls: int = 0) -> float:
+    """One product with a dense weight, and what is done once for each of its entries."""
+    tokens = max(1, shape.tokens)
+    return shape.in_features * shape.out_features * (1 + once_per_entry / tokens) + calls * _CALL_COST / tokens
 
 
 def _forward_cost(shape: Shape, path: Factored) -> float:
-    slope, per_float = (1.35, 23) if path.layout == "token_major" else (1.15, 100)
-    macs = sum(_products(shape)[path.order == "m_first"])
-    return slope * macs + per_float * (shape.out_features + shape.in_features)
+    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
+    products, floats = sum(_multiply_adds(shape, path)), shape.in_features + shape.out_features
+    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
 
 
 def _backward_cost(shape: Shape, path: Factored) -> float:
-    with_b, with_m = _products(shape)[path.order == "m_first"]
-    return 1.6 * (3 * with_b + 2 * with_m) + 100 * (shape.out_features + shape.in_features)
+    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
+    with_b, with_m = _multiply_adds(shape, path)
+    products, floats = 3 * with_b + 2 * with_m, shape.in_features + shape.out_features
+    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
 
 
-def _chunk(shape: Shape) -> int:
-    floats = 2**17  # what stays in the second-level cache of one core
-    return min(2048, max(64, 1 << (floats // max(shape.out_features, shape.in_features)).bit_length() - 1))
+def _call_cost(shape: Shape, path: Factored, calls: int) -> float:
+    """Of that many calls a chunk, a token."""
+    chunks = -(-shape.tokens // path.chunk)
+    return calls * _CALL_COST * chunks / max(1, shape.tokens)

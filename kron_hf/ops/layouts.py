@@ -12,6 +12,7 @@ come first:
 """
 
 from abc import ABC, abstractmethod
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,13 +21,24 @@ __all__ = ["Layout", "TokenLast", "TokenMajor"]
 
 
 class Layout(ABC):
-    """The products above for factors m `[rank, O, I]` and b `[rank, bo, bi]`; Z and V are opaque to the caller."""
+    """The products above for factors m `[rank, O, I]` and b `[rank, bo, bi]`.
+
+    Z and V are opaque to the caller and share one buffer: `expand` and `pull` overwrite what either returned before.
+    Buffers live as long as the layout, since pages that the system hands out anew for each chunk cost more than the
+    products.
+    """
 
     def __init__(self, m: Tensor, b: Tensor) -> None:
         self.rank, self.out_blocks, self.in_blocks = m.shape
         self.block_out, self.block_in = b.shape[1:]
         # K runs over (block column, rank), the order in which Z leaves `expand`: no permute of Z is needed.
         self.m = m.permute(1, 2, 0).reshape(self.out_blocks, self.in_blocks * self.rank)
+        self.b = b.reshape(self.rank * self.block_out, self.block_in)
+        self._buffers: dict[str, Tensor] = {}
+
+    def prepare(self, g: Tensor) -> Tensor:
+        """The form of g `[n, O * bo]` that `pull` and `grad_m` take."""
+        return g
 
     @abstractmethod
     def expand(self, x: Tensor) -> Tensor:
@@ -38,27 +50,27 @@ class Layout(ABC):
 
     @abstractmethod
     def pull(self, g: Tensor) -> Tensor:
-        """V from g `[n, O * bo]`."""
+        """V from the prepared g."""
 
     @abstractmethod
     def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Writes `sum_i V_i B_i + bias` to out `[n, I * bi]`."""
 
     @abstractmethod
+    def zero_grad_b(self, dtype: torch.dtype) -> Tensor:
+        """What `grad_b` adds to."""
+
+    @abstractmethod
     def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:
-        """Adds dM to total, `[O, I * rank]`."""
+        """Adds dM for the prepared g to total, from `zero_grad_m`."""
 
     @abstractmethod
     def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:
-        """Adds dB to total, `[rank * bo, bi]`."""
+        """Adds dB to total, from `zero_grad_b`."""
 
     def zero_grad_m(self, dtype: torch.dtype) -> Tensor:
         """What `grad_m` adds to."""
         return self.m.new_zeros(self.m.shape, dtype=dtype)
-
-    def zero_grad_b(self, dtype: torch.dtype) -> Tensor:
-        """What `grad_b` adds to."""
-        return self.m.new_zeros(self.rank * self.block_out, self.block_in, dtype=dtype)
 
     def unpack_m(self, total: Tensor) -> Tensor:
         """The total of `grad_m` as `[rank, O, I]`."""
@@ -66,84 +78,102 @@ class Layout(ABC):
 
     def unpack_b(self, total: Tensor) -> Tensor:
         """The total of `grad_b` as `[rank, bo, bi]`."""
-        return total.view(self.rank, self.block_out, self.block_in)
+        return total.view(-1, self.rank, self.block_out, self.block_in).sum(0)
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """Uninitialised memory, the same for each chunk; the first chunk is the largest."""
+        size = prod(shape)
+        if name not in self._buffers:
+            self._buffers[name] = self.m.new_empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
 class TokenMajor(Layout):
     """Z and V are `[n, I * rank, bo]`: B by one matrix product, M by one product a token. For blocks of 16 and more."""
 
-    def __init__(self, m: Tensor, b: Tensor) -> None:
-        super().__init__(m, b)
-        self.b = b.reshape(self.rank * self.block_out, self.block_in)
-
-    def expand(self, x: Tensor) -> Tensor:
-        z = x.reshape(-1, self.block_in) @ self.b.T  # [n * I, rank * bo]
+    def expand(self, x: Tensor) -> Tensor:  # noqa: D102
+        z = self._buffer("between", len(x) * self.in_blocks, self.rank * self.block_out)
+        torch.mm(x.view(-1, self.block_in), self.b.T, out=z)
         return z.view(len(x), self.in_blocks * self.rank, self.block_out)
 
-    def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
         m, y = self.m.expand(len(z), -1, -1), out.view(len(z), self.out_blocks, self.block_out)
         if bias is None:
             torch.bmm(m, z, out=y)
         else:
             torch.baddbmm(bias.view(self.out_blocks, self.block_out), m, z, out=y)
 
-    def pull(self, g: Tensor) -> Tensor:
-        return torch.bmm(self.m.T.expand(len(g), -1, -1), g.view(len(g), self.out_blocks, self.block_out))
+    def pull(self, g: Tensor) -> Tensor:  # noqa: D102
+        v = self._buffer("between", len(g), self.in_blocks * self.rank, self.block_out)
+        return torch.bmm(self.m.T.expand(len(g), -1, -1), g.view(-1, self.out_blocks, self.block_out), out=v)
 
-    def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
         torch.mm(v.view(-1, self.rank * self.block_out), self.b, out=out.view(-1, self.block_in))
         if bias is not None:
             out += bias
 
-    def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:
-        g = g.view(-1, self.out_blocks, self.block_out).transpose(0, 1)
-        _add_product(total, g.reshape(self.out_blocks, -1), z.transpose(0, 1).reshape(z.shape[1], -1).T)
+    def zero_grad_b(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.b.new_zeros(self.b.shape, dtype=dtype)
 
-    def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:
-        _add_product(total, v.view(-1, self.rank * self.block_out).T, x.reshape(-1, self.block_in))
+    def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:  # noqa: D102
+        left = self._buffer("left", self.out_blocks, len(g), self.block_out)
+        left.copy_(g.view(-1, self.out_blocks, self.block_out).transpose(0, 1))
+        right = self._buffer("right", z.shape[1], len(g), self.block_out).copy_(z.transpose(0, 1))
+        _add_product(total, left.flatten(1), right.flatten(1).T)
+
+    def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:  # noqa: D102
+        _add_product(total, v.view(-1, self.rank * self.block_out).T, x.view(-1, self.block_in))
 
 
 class TokenLast(Layout):
     """Z and V are `[I, rank * bo, n]`: M by one matrix product, B by one product a block column. For small blocks."""
 
-    def __init__(self, m: Tensor, b: Tensor) -> None:
-        super().__init__(m, b)
-        self.b = b.reshape(self.rank * self.block_out, self.block_in)
+    def prepare(self, g: Tensor) -> Tensor:  # noqa: D102
+        columns = self._buffer("columns", g.shape[1], len(g)).copy_(g.T)
+        return columns.view(self.out_blocks, self.block_out * len(g))
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:  # noqa: D102
+        z = self._buffer("between", self.in_blocks, self.rank * self.block_out, len(x))
         columns = x.view(len(x), self.in_blocks, self.block_in).permute(1, 2, 0)
-        return torch.bmm(self.b.expand(self.in_blocks, -1, -1), columns)
+        return torch.bmm(self.b.expand(self.in_blocks, -1, -1), columns, out=z)
 
-    def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        _write_transposed(self.m @ z.view(self.m.shape[1], -1), bias, out)
+    def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
+        y = self._buffer("out", self.out_blocks, self.block_out * len(out))
+        torch.mm(self.m, z.view(self.m.shape[1], -1), out=y)
+        _write_transposed(y, bias, out)
 
-    def pull(self, g: Tensor) -> Tensor:
-        v = self.m.T @ g.T.reshape(self.out_blocks, -1)
-        return v.view(self.in_blocks, self.rank * self.block_out, len(g))
+    def pull(self, g: Tensor) -> Tensor:  # noqa: D102
+        tokens = g.shape[1] // self.block_out
+        v = self._buffer("between", self.m.shape[1], self.block_out * tokens)
+        return torch.mm(self.m.T, g, out=v).view(self.in_blocks, self.rank * self.block_out, tokens)
 
-    def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        _write_transposed(torch.bmm(self.b.T.expand(self.in_blocks, -1, -1), v), bias, out)
+    def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
+        x = self._buffer("out", self.in_blocks, self.block_in, len(out))
+        torch.bmm(self.b.T.expand(self.in_blocks, -1, -1), v, out=x)
+        _write_transposed(x, bias, out)
 
-    def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:
-        _add_product(total, g.T.reshape(self.out_blocks, -1), z.view(self.m.shape[1], -1).T)
+    def zero_grad_b(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.b.new_zeros(self.in_blocks, *self.b.shape, dtype=dtype)  # summed over block columns at the end
 
-    def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:
-        rows = x.view(len(x), self.in_blocks, self.block_in).transpose(0, 1)
-        total += torch.bmm(v, rows).sum(0, dtype=total.dtype)
+    def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:  # noqa: D102
+        _add_product(total, g, z.view(self.m.shape[1], -1).T)
+
+    def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:  # noqa: D102
+        _add_product(total, v, x.view(len(x), self.in_blocks, self.block_in).transpose(0, 1))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, where total may have a wider dtype."""
-    if total.dtype == left.dtype:
+    if total.dtype != left.dtype:
+        total += left @ right
+    elif total.dim() == 2:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total.baddbmm_(left, right)
 
 
 def _write_transposed(columns: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Writes columns, `[features, n]` in memory, to out `[n, features]`."""
-    rows = columns.view(out.shape[1], out.shape[0]).T
-    if bias is None:
-        out.copy_(rows)
-    else:
-        torch.add(rows, bias, out=out)
+    out.copy_(columns.view(out.shape[1], out.shape[0]).T)  # torch has a blocked kernel for this copy, not for the sum
+    if bias is not None:
+        out += bias

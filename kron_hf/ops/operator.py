@@ -51,9 +51,9 @@ class _KronLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad
-        grads = _backward_op(grad_output, *ctx.saved_tensors, needed)
+        grads = _backward_op(*grad_outputs, *ctx.saved_tensors, needed)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 

@@ -65,7 +65,7 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         if path.order == "b_first":
             layout.contract(layout.expand(x), bias, y)
         else:
-            layout.finish(layout.pull(x), bias, y)
+            layout.finish(layout.pull(layout.prepare(x)), bias, y)
     return out
 
 
@@ -84,7 +84,7 @@ def _weight(m: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense_parameter_gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """dM and dB from the gradient of W: one large matrix product, cheap where the rank is high."""
+    """Gradients of M and B from the gradient of W: one large matrix product, cheap where the rank is high."""
     accumulate = torch.promote_types(g.dtype, torch.float32)
     blocks = to_blocks(g.T @ rows, (b.shape[1], b.shape[2])).to(accumulate)  # [O * I, bo * bi]
     grad_m = b.flatten(1).to(accumulate) @ blocks.T
@@ -103,14 +103,14 @@ def _factored_gradients(
     for start in range(0, rows.shape[0], path.chunk):
         chunk = slice(start, start + path.chunk)
         left, right = (rows[chunk], g[chunk]) if m_first else (g[chunk], rows[chunk])
+        left = layout.prepare(left)
         z = layout.expand(right)
         layout.grad_m(left, z, grad_m)
+        if need_x and m_first:
+            layout.contract(z, None, grad_x[chunk])
         v = layout.pull(left)
         layout.grad_b(v, right, grad_b)
-        if need_x:
-            if m_first:
-                layout.contract(z, None, grad_x[chunk])
-            else:
-                layout.finish(v, None, grad_x[chunk])
+        if need_x and not m_first:
+            layout.finish(v, None, grad_x[chunk])
     m_total, b_total = layout.unpack_m(grad_m), layout.unpack_b(grad_b)
     return (grad_x, m_total.transpose(1, 2), b_total.transpose(1, 2)) if m_first else (grad_x, m_total, b_total)
