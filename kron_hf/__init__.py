@@ -9,6 +9,7 @@ from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
+from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.sparsity import Sparsifier
 from kron_hf.summary import kron_summary
@@ -27,6 +28,7 @@ __all__ = [
     "kron_param_groups",
     "kron_summary",
     "to_dense",
+    "write_model_card",
 ]
 
 

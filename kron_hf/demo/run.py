@@ -175,7 +175,6 @@ def _write_reports(output_dir: Path, kronecker: Trained, metrics: dict[str, Any]
     write_model_card(
         kronecker.model,
         output_dir,
-        name=str(output_dir),
         dataset="scikit-learn digits",
         metrics=figures,
         overwrite=True,
