@@ -44,7 +44,9 @@ def test_demo_end_to_end(demo):
     assert f"{metrics['eval_accuracy']:.4f}" in report
     assert "▜" in report
     assert (directory / "masks.png").read_bytes().startswith(b"\x89PNG")
-    assert "import kron_hf" in (directory / "README.md").read_text()
+    card = (directory / "README.md").read_text()
+    assert "import kron_hf" in card
+    assert str(directory.parent) not in card
 
 
 def test_figures_are_those_of_the_saved_models(demo):
@@ -60,7 +62,8 @@ def test_figures_are_those_of_the_saved_models(demo):
 
 def test_snippet_of_the_card_loads_the_demo(demo):
     code = (demo[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    where = demo[0].parent  # the card names the directory, not the path to it
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
