@@ -24,11 +24,10 @@ def forward(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> 
 def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
     """Gradients for x, s, a, b and bias; an empty tensor for each that is not needed."""
     need_x, need_s, need_a, need_b, need_bias = needed
-    empty = x.new_empty(0)
+    grad_x = grad_m = grad_b = None
     with torch.autocast(x.device.type, enabled=False):
         g = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
         m = s * a
-        grad_x = grad_m = grad_b = empty
         if need_s or need_a or need_b:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             path = backward_path(_shape(rows, m, b))
@@ -36,16 +35,17 @@ def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, ne
                 grad_m, grad_b = _dense_parameter_gradients(g, rows, m, b)
             else:
                 grad_x, grad_m, grad_b = _factored_gradients(path, g, rows, m, b, need_x)
-                need_x = False
-        if need_x:
+        if need_x and grad_x is None:
             grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
-        return (
-            grad_x.view(x.shape) if needed[0] else empty,
-            (grad_m * a).sum(0).to(s.dtype) if need_s else empty,
-            (grad_m * s).to(a.dtype) if need_a else empty,
-            grad_b.to(b.dtype) if need_b else empty,
-            g.sum(0) if need_bias else empty,
+        grads = (
+            grad_x.view(x.shape) if need_x and grad_x is not None else None,
+            (grad_m * a).sum(0).to(s.dtype) if need_s and grad_m is not None else None,
+            (grad_m * s).to(a.dtype) if need_a and grad_m is not None else None,
+            grad_b.to(b.dtype) if need_b and grad_b is not None else None,
+            g.sum(0) if need_bias else None,
         )
+    # Contiguous as the fake kernel promises; an own empty tensor each, for outputs of an operator must not alias.
+    return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
@@ -94,23 +94,23 @@ def _dense_parameter_gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor) ->
 
 def _factored_gradients(
     path: Factored, g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x (empty if not needed), M and B, a chunk of tokens at a time."""
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients for x (None if not needed), M and B, a chunk of tokens at a time."""
     layout, m_first = _layout(path, m, b), path.order == "m_first"
     accumulate = torch.promote_types(g.dtype, torch.float32)
     grad_m, grad_b = layout.zero_grad_m(accumulate), layout.zero_grad_b(accumulate)
-    grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
+    grad_x = torch.empty_like(rows) if need_x else None
     for start in range(0, rows.shape[0], path.chunk):
         chunk = slice(start, start + path.chunk)
         left, right = (rows[chunk], g[chunk]) if m_first else (g[chunk], rows[chunk])
         left = layout.prepare(left)
         z = layout.expand(right)
         layout.grad_m(left, z, grad_m)
-        if need_x and m_first:
+        if grad_x is not None and m_first:
             layout.contract(z, None, grad_x[chunk])
         v = layout.pull(left)
         layout.grad_b(v, right, grad_b)
-        if need_x and not m_first:
+        if grad_x is not None and not m_first:
             layout.finish(v, None, grad_x[chunk])
     m_total, b_total = layout.unpack_m(grad_m), layout.unpack_b(grad_b)
     return (grad_x, m_total.transpose(1, 2), b_total.transpose(1, 2)) if m_first else (grad_x, m_total, b_total)
