@@ -82,7 +82,7 @@ _CPU_RATES_BY_DTYPE = {
 _BUILD_COST = 30  # an entry of W: to build it
 _WEIGHT_GRADIENT_COST = 80  # an entry of W: to reduce its gradient to those of M_i and B_i
 _CALL_COST = 15e6  # to wake the other threads for one call of torch: 0.15 ms, where OpenMP threads sleep in between
-_CALLS = {"token_major": (2, 7), "token_last": (4, 7)}  # a chunk, forward and backward
+_CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
 # Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache.

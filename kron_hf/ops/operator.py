@@ -53,7 +53,9 @@ class _KronLinearFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needed = ctx.needs_input_grad
-        grads = _backward_op(*grad_outputs, *ctx.saved_tensors, needed)
+        saved = ctx.saved_tensors  # outside the guard: reading them may run a checkpointed forward, under autograd
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _backward_op(*grad_outputs, *saved, needed)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
@@ -88,17 +90,12 @@ def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None 
         TypeError: Different or not floating point dtypes.
     """
     device_type = x.device.type
-    if _autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+    if paths.autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, s, a, b = x.to(dtype), s.to(dtype), a.to(dtype), b.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, s, a, b, bias)
     return _forward_op(x, s, a, b, bias)
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on; devices that know no autocast (meta) make torch's own question raise."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:

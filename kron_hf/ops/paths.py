@@ -8,44 +8,56 @@ from kron_hf.factors import to_blocks
 from kron_hf.ops.cost import Factored, Shape, backward_path, forward_path
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
-__all__ = ["backward", "forward"]
+__all__ = ["autocast_enabled", "backward", "forward"]
 
 _LAYOUTS: dict[str, type[Layout]] = {"token_major": TokenMajor, "token_last": TokenLast}
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; devices that know no autocast (meta) make torch's own question raise."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def forward(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias`, see `operator.kron_linear`."""
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = _product(rows, s * a, b, bias)
+    if autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x, s, a, b, bias)
+    out = _product(_rows(x), s * a, b, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
     """Gradients for x, s, a, b and bias; an empty tensor for each that is not needed."""
+    if autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return backward(grad_output, x, s, a, b, needed)
     need_x, need_s, need_a, need_b, need_bias = needed
+    g, m = _rows(grad_output), s * a
     grad_x = grad_m = grad_b = None
-    with torch.autocast(x.device.type, enabled=False):
-        g = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
-        m = s * a
-        if need_s or need_a or need_b:
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            path = backward_path(_shape(rows, m, b))
-            if path is None:
-                grad_m, grad_b = _dense_parameter_gradients(g, rows, m, b)
-            else:
-                grad_x, grad_m, grad_b = _factored_gradients(path, g, rows, m, b, need_x)
-        if need_x and grad_x is None:
-            grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
-        grads = (
-            grad_x.view(x.shape) if need_x and grad_x is not None else None,
-            (grad_m * a).sum(0).to(s.dtype) if need_s and grad_m is not None else None,
-            (grad_m * s).to(a.dtype) if need_a and grad_m is not None else None,
-            grad_b.to(b.dtype) if need_b and grad_b is not None else None,
-            g.sum(0) if need_bias else None,
-        )
+    if need_s or need_a or need_b:
+        rows = _rows(x)
+        path = backward_path(_shape(rows, m, b))
+        if path is None:
+            grad_m, grad_b = _dense_parameter_gradients(g, rows, m, b)
+        else:
+            grad_x, grad_m, grad_b = _factored_gradients(path, g, rows, m, b, need_x)
+    if need_x and grad_x is None:
+        grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
+    grads = (
+        grad_x.view(x.shape) if need_x and grad_x is not None else None,
+        (grad_m * a).sum(0).to(s.dtype) if need_s and grad_m is not None else None,
+        (grad_m * s).to(a.dtype) if need_a and grad_m is not None else None,
+        grad_b.to(b.dtype) if need_b and grad_b is not None else None,
+        g.sum(0) if need_bias else None,
+    )
     # Contiguous as the fake kernel promises; an own empty tensor each, for outputs of an operator must not alias.
     return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """One token a row, contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
