@@ -35,7 +35,10 @@ QUANT_METHOD = "kron"
 FORMAT_VERSION = 1
 # transformers refuses to build a model whose config names an unknown fusion. The quantizer below takes the entry out
 # again, so that exactly those who did not import kron_hf are stopped, whatever they pass to `from_pretrained`.
-GUARD = {"kron_hf (this checkpoint holds Kronecker layers: `pip install kron_hf`, then `import kron_hf` first)": True}
+GUARD_PREFIX = "kron_hf"
+GUARD = {
+    f"{GUARD_PREFIX} (this checkpoint holds Kronecker layers: `pip install kron_hf`, then `import kron_hf` first)": True
+}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -94,8 +97,9 @@ class KronHfQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before the model is built: takes the import guard out of it."""
-        if getattr(config, "fusion_config", None) == GUARD:
-            config.fusion_config = None
+        fusions = getattr(config, "fusion_config", None)
+        if isinstance(fusions, dict):
+            config.fusion_config = {key: fusions[key] for key in fusions if not key.startswith(GUARD_PREFIX)} or None
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -142,8 +146,8 @@ def attach_kron_config(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     config = _own_config(model)
-    config.quantization_config = KronCheckpointConfig.of(model)
-    config.fusion_config = dict(GUARD)
+    config.quantization_config = KronCheckpointConfig.of(model).to_dict()  # transformers expects a dict in a config
+    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), **GUARD}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
@@ -158,9 +162,13 @@ def detach_kron_config(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     config = _own_config(model)
-    for name in ("quantization_config", "fusion_config"):
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fusions = getattr(config, "fusion_config", None) or {}
+    if fusions.keys() - GUARD.keys():
+        config.fusion_config = {key: fusions[key] for key in fusions if key not in GUARD}
+    elif hasattr(config, "fusion_config"):
+        del config.fusion_config
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "_weight_conversions" in vars(module):
             del module._weight_conversions
@@ -170,9 +178,9 @@ def detach_kron_config(model: nn.Module) -> None:
 
 def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:
     """Whether `from_pretrained` filled one of these parameters; weights drawn from a config do not count."""
-    # A deep copy loses the marks of its parameters, but not the first one.
-    loaded = "_weight_conversions" in vars(model)
-    return isinstance(model, PreTrainedModel) and (loaded or any(map(_is_marked, parameters)))
+    # A deep copy of a model loses the marks of its parameters, but not this attribute.
+    loaded = any("_weight_conversions" in vars(module) for module in model.modules())
+    return loaded or any(map(_is_marked, parameters))
 
 
 def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
@@ -281,6 +289,8 @@ def _check_files(files: list[str], layers: dict[str, KronLinear], stored: dict[s
         module_name = name if f"{name}.s" in shapes else stored[name]
         for key, tensor in layer.state_dict().items():
             full = f"{module_name}.{key}"
+            if full not in shapes and key == "weight":
+                continue  # empty: Accelerate's files leave it out
             if full not in shapes:
                 raise ValueError(f"{listed}: tensor {full!r} is missing")
             file, shape = shapes[full]

@@ -1,6 +1,6 @@
 """`KronLinear`: a linear layer whose weight is Kronecker-sparse."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -114,7 +114,8 @@ class KronLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.register_buffer("weight", torch.empty(0, **where))
-        self.register_buffer("dead_blocks", None, persistent=False)
+        # No buffer: it comes and goes in training, and code that pairs buffers (weight averaging) must not see that.
+        self.dead_blocks = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -181,12 +182,21 @@ class KronLinear(nn.Module):
         if self.dead_blocks is not None and not self.s.is_meta and bool((self.s[self.dead_blocks] != 0).any()):
             self.s.masked_fill_(self.dead_blocks, 0.0)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.dead_blocks is not None:
+            self.dead_blocks = fn(self.dead_blocks)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._zero_dead_blocks()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        missing_keys: list[str] = args[2]
+        if f"{prefix}weight" in missing_keys:  # Accelerate's files leave it out, as empty tensors share an address
+            missing_keys.remove(f"{prefix}weight")
         if prefix + "s" in state_dict and not self.s.is_meta:
             self._mask_zeros()  # those of the loaded S alone
 

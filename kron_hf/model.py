@@ -48,7 +48,8 @@ def get_kron_model(
     Two forms: `get_kron_model(model, config)` converts the given model in place and returns it;
     `get_kron_model(config, ...)` builds the model that `config.base_model_name_or_path` names first. The result is the
     ordinary transformers model: `Trainer`, `save_pretrained`, `push_to_hub` and `from_pretrained` work as on any other.
-    Everything is checked before the model is touched.
+    Everything is checked before the model is touched. Convert the outermost model, the one that you will save: it is
+    its config that tells `from_pretrained` of the layers.
 
     Args:
         model_or_config: The model to convert, or the config.
@@ -104,7 +105,7 @@ def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) ->
     if config.init_weights is not None:
         return config.init_weights
     weights: list[Tensor] = [target.linear.weight for target in targets]
-    if any(holds_trained_weights(part, weights) for part in pretrained_parts(model).values()):
+    if holds_trained_weights(model, weights):
         raise ValueError("this model holds trained weights, and replacing them is a choice; write one of\n" + CHOICES)
     return "random"
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import FAMILIES, VIT_SIZES, example_input, outputs_of
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -225,7 +226,7 @@ def test_a_loaded_model_is_a_plain_model(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert not model.is_quantized
     assert not hasattr(model, "hf_quantizer")
-    assert model.config.quantization_config.to_dict()["quant_method"] == "kron"
+    assert model.config.quantization_config["quant_method"] == "kron"
     assert "kron_hf" in model.model_tags
 
 
@@ -318,3 +319,50 @@ def test_trained_weights_are_known_after(tmp_path, route):
         model = to_dense(ViTForImageClassification.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="holds trained weights"):
         get_kron_model(model, CONFIG)
+
+
+def test_accelerate_saves_and_loads_its_state(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(build())
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerator.save_state(tmp_path / "state")
+    with torch.no_grad():
+        model.vit.layers[0].mlp.fc1.a.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert_equal(model.state_dict(), expected)
+
+
+def test_accelerate_save_model_loads_again(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(model), tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert_equal(loaded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("present", ["some", "none"])
+def test_files_without_the_empty_tensors_load(tmp_path, present):
+    model = build()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if v.numel() or (present == "some" and k.endswith("fc1.weight"))}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_equal(AutoModelForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict())
+    model.load_state_dict(kept)
+
+
+def test_loading_with_the_config_of_a_live_model(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    loaded = ViTForImageClassification.from_pretrained(tmp_path, config=model.config)
+    assert_equal(loaded.state_dict(), model.state_dict())
+
+
+def test_the_wording_of_the_guard_is_not_part_of_the_format(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["fusion_config"] = {"kron_hf in other words": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_equal(AutoModelForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict())

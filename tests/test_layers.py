@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from kron_hf import KronLinear
@@ -552,3 +553,22 @@ def test_freezing_again_keeps_dead_blocks_that_an_optimizer_moved():
     layer.freeze_mask()
     assert layer.block_mask.tolist() == [[True, False], [True, True]]
     assert layer.s[0, 1].item() == 0
+
+
+def test_weight_averaging_runs_through_a_freeze():
+    layer = KronLinear(8, 8, 4, 1)
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(layer)
+    with torch.no_grad():
+        layer.s[0, 1] = 0
+    layer.freeze_mask()
+    average.update_parameters(layer)
+    torch.testing.assert_close(average.module.s[0, 1].item(), 0.9)
+
+
+def test_the_mask_moves_with_the_layer():
+    layer = KronLinear(8, 8, 4, 1)
+    with torch.no_grad():
+        layer.s[0, 1] = 0
+    layer.freeze_mask()
+    assert layer.to("meta").dead_blocks.is_meta
