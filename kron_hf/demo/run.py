@@ -83,6 +83,9 @@ def check_output_dir(output_dir: Path) -> None:
         FileExistsError: It is a file, or holds something else.
     """
     if not output_dir.exists():
+        nearest = next(parent for parent in output_dir.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise FileExistsError(f"the output directory {output_dir} cannot be made: {nearest} is a file")
         return
     if not output_dir.is_dir():
         raise FileExistsError(f"the output directory {output_dir} is a file")

@@ -86,7 +86,7 @@ def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None 
         `[..., O * bo]`.
 
     Raises:
-        ValueError: Shapes that do not fit together.
+        ValueError: Shapes that do not fit together, or different devices.
         TypeError: Different or not floating point dtypes.
     """
     device_type = x.device.type
@@ -107,6 +107,10 @@ def _check(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> N
             f"{name} {tensor.dtype}" for name, tensor in zip(("x", "s", "a", "b", "bias"), tensors, strict=False)
         )
         raise TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {given}")
+    device = x.device
+    if any(tensor.device != device for tensor in tensors):  # a tensor on meta would give values nobody computed
+        given = ", ".join(f"{tensor.device}" for tensor in tensors)
+        raise ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {given}")
     if s.dim() != 2 or a.dim() != 3 or b.dim() != 3 or a.shape[1:] != s.shape or a.shape[0] != b.shape[0]:
         raise ValueError(
             "kron_linear: required are s [O, I], a [rank, O, I], b [rank, bo, bi], "
