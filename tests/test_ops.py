@@ -419,5 +419,5 @@ def test_the_larger_dimension_decides_the_order():
 def test_one_device_is_required(which):
     tensors = {"x": (2, 8), "s": (2, 2), "a": (1, 2, 2), "b": (1, 4, 4), "bias": (8,)}
     made = {name: torch.ones(shape, device="meta" if name == which else "cpu") for name, shape in tensors.items()}
-    with pytest.raises(ValueError, match="must be on one device, got .*meta"):
+    with pytest.raises(ValueError, match=r"must be on one device, got .*meta"):
         kron_linear(**made)
