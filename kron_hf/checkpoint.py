@@ -99,7 +99,7 @@ class KronHfQuantizer(HfQuantizer):
         """The one hook that sees the config before the model is built: takes the import guard out of it."""
         fusions = getattr(config, "fusion_config", None)
         if isinstance(fusions, dict):
-            config.fusion_config = {key: fusions[key] for key in fusions if not key.startswith(GUARD_PREFIX)} or None
+            config.fusion_config = _without_guard(fusions)
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -164,10 +164,8 @@ def detach_kron_config(model: nn.Module) -> None:
     config = _own_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    fusions = getattr(config, "fusion_config", None) or {}
-    if fusions.keys() - GUARD.keys():
-        config.fusion_config = {key: fusions[key] for key in fusions if key not in GUARD}
-    elif hasattr(config, "fusion_config"):
+    config.fusion_config = _without_guard(getattr(config, "fusion_config", None) or {})
+    if config.fusion_config is None:
         del config.fusion_config
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "_weight_conversions" in vars(module):
@@ -178,9 +176,17 @@ def detach_kron_config(model: nn.Module) -> None:
 
 def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:
     """Whether `from_pretrained` filled one of these parameters; weights drawn from a config do not count."""
-    # A deep copy of a model loses the marks of its parameters, but not this attribute.
-    loaded = any("_weight_conversions" in vars(module) for module in model.modules())
-    return loaded or any(map(_is_marked, parameters))
+    wanted = {id(parameter) for parameter in parameters}
+    return any(map(_is_marked, parameters)) or any(
+        wanted & {id(parameter) for parameter in module.parameters()}
+        for module in model.modules()
+        if _is_copy_of_a_loaded_model(module)
+    )
+
+
+def _is_copy_of_a_loaded_model(module: nn.Module) -> bool:
+    """A deep copy of a loaded model loses the marks of its parameters, but not the attribute of the model."""
+    return "_weight_conversions" in vars(module) and not any(map(_is_marked, module.parameters()))
 
 
 def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
@@ -192,6 +198,10 @@ def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
 
 def _is_marked(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _without_guard(fusions: dict[str, Any]) -> dict[str, Any] | None:
+    return {key: value for key, value in fusions.items() if not key.startswith(GUARD_PREFIX)} or None
 
 
 def _own_config(model: PreTrainedModel) -> Any:

@@ -4,7 +4,6 @@ from safetensors.torch import load_file
 from tiny_training import TinyKron, arguments, assert_same_weights, assert_target, dataset, masks
 from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 
-import kron_hf.checkpoint  # noqa: F401  (registers the format)
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.model import get_kron_model

@@ -366,3 +366,16 @@ def test_the_wording_of_the_guard_is_not_part_of_the_format(tmp_path):
     config["fusion_config"] = {"kron_hf in other words": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_equal(AutoModelForImageClassification.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_a_new_head_of_a_loaded_backbone_holds_no_trained_weights(tmp_path):
+    ViTModel(ViTConfig(**VIT_SIZES)).save_pretrained(tmp_path)
+    model = ViTForImageClassification.from_pretrained(tmp_path, num_labels=4)
+    get_kron_model(model, KronConfig(block_size=4, rank=1, target_modules=["classifier"]))
+    assert list(kron_layers(model)) == ["classifier"]
+
+
+def test_to_dense_keeps_fusions_of_the_user():
+    model = build()
+    model.config.fusion_config = {"patch_embeddings": True, **model.config.fusion_config}
+    assert to_dense(model).config.fusion_config == {"patch_embeddings": True}
