@@ -17,13 +17,14 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
+    {"factors", "metrics", "module_map", "peft_type"},
+    {"config"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
     {"sparsity", "surgery"},
     {"callbacks", "model", "summary"},
-    {"trainer", "model_card"},
+    {"trainer", "model_card", "peft_tuner"},
     {"demo"},
     {"cli", "__main__", "__init__"},
 ]
