@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -272,3 +274,10 @@ def test_a_pattern_from_a_file_is_not_even_compiled(tmp_path):
 def test_a_stored_config_without_patterns_may_be_used(tmp_path, config):
     config.save_pretrained(str(tmp_path))
     KronConfig.from_pretrained(str(tmp_path)).refuse_stored_patterns()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), replace])
+@pytest.mark.parametrize("config", [KronConfig(), FULL, RESOLVED], ids=["defaults", "full", "resolved"])
+def test_copies_are_equal(config, copied):
+    assert copied(config) == config
+    assert copied(config).peft_type is PeftType.KRON

@@ -3,9 +3,9 @@
 import pytest
 import transformers as hf
 from families import FAMILIES
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
-from kron_hf import KronConfig
+from kron_hf import KronConfig, get_kron_model
 from kron_hf.targets import find_targets, names_to_save
 
 FC1, FC2 = "vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc2"
@@ -58,6 +58,15 @@ def test_a_stored_map_gives_no_advice():
 def test_a_map_that_does_not_fit(modules, message):
     with pytest.raises(ValueError, match=message):
         find_targets(FAMILIES["vit"](), stored(modules))
+
+
+@pytest.mark.parametrize("door", [find_targets, get_kron_model, get_peft_model], ids=lambda door: door.__name__)
+def test_patterns_of_a_config_from_a_file_are_refused(tmp_path, door):
+    KronConfig(block_size=8, rank=1, target_modules=r".*\.fc1").save_pretrained(str(tmp_path))
+    model = FAMILIES["vit"]()
+    with pytest.raises(ValueError, match=r"was read from a file and has patterns \(target_modules\)"):
+        door(model, KronConfig.from_pretrained(str(tmp_path)))
+    assert all("kron" not in type(module).__name__.lower() for module in model.modules())
 
 
 @pytest.mark.parametrize(
