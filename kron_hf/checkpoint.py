@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kron_hf.cache import check_cached_files
 from kron_hf.layers import KronLinear
 
 __all__ = [
@@ -103,6 +104,7 @@ class KronHfQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_cached_files(kwargs.get("checkpoint_files") or [])
         modules = _names_in(model, self.quantization_config.modules)
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
         if kwargs.get("checkpoint_files") is not None:

@@ -1,5 +1,6 @@
 """`KronTrainer`: the stock Trainer with the settings that Kronecker layers want."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -7,14 +8,31 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from kron_hf.callbacks import SparsityCallback
+from kron_hf.model_card import add_usage
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.pruning import kron_layers, model_sparsity
 
 __all__ = ["KronTrainer"]
 
 
+class HiddenToken(str):
+    """A token that pickles as a placeholder: Trainer saves its arguments beside the model and pushes them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, ("<HUB_TOKEN>",)
+
+    def __copy__(self) -> "HiddenToken":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HiddenToken":
+        return self
+
+
 class KronTrainer(Trainer):
     """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target is given.
+
+    What it pushes to the Hub carries the line `import kron_hf` in its card, and never `args.hub_token`, which the
+    stock Trainer publishes in `training_args.bin`.
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
     `sparsity` for all integrations. A model without Kronecker layers trains as under Trainer.
@@ -47,6 +65,8 @@ class KronTrainer(Trainer):
         if target_sparsity is not None:
             callback = SparsityCallback(target_sparsity=target_sparsity, **(sparsity_options or {}))
         super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = HiddenToken(self.args.hub_token)
         self.factor_lr, self.mask_lr = factor_lr, mask_lr
         if callback is not None:
             self.add_callback(callback)
@@ -83,3 +103,10 @@ class KronTrainer(Trainer):
         if kron_layers(model):
             logs.setdefault("sparsity", model_sparsity(model))
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's card, with how to load Kronecker layers."""
+        super().create_model_card(*args, **kwargs)
+        model, card = cast(nn.Module, self.model), Path(str(self.args.output_dir), "README.md")
+        if self.is_world_process_zero() and kron_layers(model):
+            add_usage(card, model, self.hub_model_id or kwargs.get("model_name") or card.parent.name)

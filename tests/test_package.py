@@ -14,16 +14,17 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
+TORCH_ONLY = ("cache", "factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
+    {"factors", "config", "metrics", "cache"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
     {"sparsity", "surgery"},
     {"callbacks", "model", "summary"},
-    {"trainer", "model_card"},
+    {"model_card"},
+    {"trainer", "hub"},
     {"demo"},
     {"cli", "__main__", "__init__"},
 ]
