@@ -92,13 +92,11 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, create
     info = api.model_info(repo_id, revision=revision)
     present = {file.rfilename for file in info.siblings or []}
     files = {path.name: path for path in folder.iterdir() if path.is_file()}
-    if "README.md" in present and not _is_ours(api, repo_id, info.sha):
-        warnings.warn(
-            f"{repo_id} has a card that kron_hf did not write; it is kept. Loading needs the line `import kron_hf` "
-            "first: say so in it",
-            stacklevel=5,
-        )
+    card = _read_card(api, repo_id, info.sha) if "README.md" in present else MARKER
+    if MARKER not in card:
         del files["README.md"]
+        if "import kron_hf" not in card:
+            warnings.warn(f"{repo_id} keeps its card; say in it that loading needs `import kron_hf`", stacklevel=5)
     stale = [name for name in present - files.keys() if WEIGHTS.fullmatch(name)]
     return api.create_commit(
         repo_id,
@@ -111,10 +109,10 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, create
     )
 
 
-def _is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
     with TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
-        return MARKER in Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
 
 
 def _repeat(attempt: Any, repo_id: str, once: bool) -> CommitInfo:

@@ -71,7 +71,10 @@ class FaultPlan:
 async def commit_fault(fault: Fault, request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers a request as the fault says."""
     if fault.kind == "status":
+        # Without the message the client takes a 401 for a missing repository.
+        unauthorized = {"X-Error-Message": "Invalid credentials in Authorization header"} if fault.status == 401 else {}
         headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+        headers |= unauthorized
         return web.json_response({"error": f"injected {fault.status}"}, status=fault.status, headers=headers)
     if fault.kind == "slow":
         await asyncio.sleep(fault.seconds)

@@ -10,6 +10,7 @@ State is in memory and ends with the `with` block.
 
 import asyncio
 import base64
+import copy
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ class LocalHub(FaultPlan):
         self.calls: list[Call] = []
         self.repos: dict[tuple[str, str], Repo] = {}
         self.storage: dict[str, bytes] = {}
+        self.published: set[bytes] = set()  # every content of every commit so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="local-hub", daemon=True)
 
@@ -93,6 +95,16 @@ class LocalHub(FaultPlan):
     def requested(self, part: str) -> list[Call]:
         """The requests so far whose path contains this part."""
         return [call for call in self.calls if part in call.path]
+
+    def save(self) -> Any:
+        """What is stored now, for `restore`."""
+        return copy.deepcopy((self.repos, self.storage))
+
+    def restore(self, state: Any) -> None:
+        """Back to a saved state, without calls and faults."""
+        self.repos, self.storage = copy.deepcopy(state)
+        self.calls.clear()
+        self.clear()
 
     def _routes(self) -> list[web.RouteDef]:
         repo = "/api/{kind:models|datasets}/{owner}/{name}"
@@ -275,6 +287,7 @@ class LocalHub(FaultPlan):
         if not create_pr and (repo.resolve(branch) != base or not base.startswith(parent)):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = self._apply(repo.commits[repo.resolve(parent)], lines)
+        self.published |= {file.data for file in files.values()}
         pull_request = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repo.branches)}"
         oid = repo.commit(pull_request if create_pr else branch, files, header["summary"])
         url = f"{self.endpoint}/{repo_id}"
