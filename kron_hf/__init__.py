@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
+from kron_hf.last_checkpoint import last_checkpoint
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
@@ -27,6 +28,7 @@ __all__ = [
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
+    "last_checkpoint",
     "to_dense",
     "write_model_card",
 ]

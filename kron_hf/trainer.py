@@ -4,20 +4,22 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.pruning import kron_layers, model_sparsity
+from kron_hf.safe_saving import SafeSaving
 
 __all__ = ["KronTrainer"]
 
 
-class KronTrainer(Trainer):
+class KronTrainer(SafeSaving):
     """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target is given.
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
-    `sparsity` for all integrations. A model without Kronecker layers trains as under Trainer.
+    `sparsity` for all integrations. No checkpoint is ever half-written (`SafeSaving`). A model without Kronecker layers
+    trains as under Trainer.
 
     Args:
         *args: As for `Trainer`.

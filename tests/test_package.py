@@ -17,14 +17,14 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
+    {"factors", "config", "metrics", "data", "last_checkpoint", "whole_files"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
     {"sparsity", "surgery"},
-    {"callbacks", "model", "summary"},
+    {"callbacks", "model", "summary", "safe_saving"},
     {"trainer", "model_card"},
-    {"demo"},
+    {"demo", "train"},
     {"cli", "__main__", "__init__"},
 ]
 
