@@ -5,37 +5,27 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from kron_hf.callbacks import SparsityCallback
+from kron_hf.hidden_token import HiddenToken
 from kron_hf.model_card import add_usage
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.pruning import kron_layers, model_sparsity
+from kron_hf.safe_saving import SafeSaving
 
 __all__ = ["KronTrainer"]
 
 
-class HiddenToken(str):
-    """A token that pickles as a placeholder: Trainer saves its arguments beside the model and pushes them."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return str, ("<HUB_TOKEN>",)
-
-    def __copy__(self) -> "HiddenToken":
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HiddenToken":
-        return self
-
-
-class KronTrainer(Trainer):
+class KronTrainer(SafeSaving):
     """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target is given.
 
     What it pushes to the Hub carries the line `import kron_hf` in its card, and never `args.hub_token`, which the
     stock Trainer publishes in `training_args.bin`.
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
-    `sparsity` for all integrations. A model without Kronecker layers trains as under Trainer.
+    `sparsity` for all integrations. No checkpoint is ever half-written (`SafeSaving`). A model without Kronecker layers
+    trains as under Trainer.
 
     Args:
         *args: As for `Trainer`.

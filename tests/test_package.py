@@ -17,16 +17,26 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("cache", "factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "metrics", "module_map", "peft_type", "cache"},
+    {
+        "factors",
+        "metrics",
+        "module_map",
+        "peft_type",
+        "cache",
+        "data",
+        "last_checkpoint",
+        "whole_files",
+        "hidden_token",
+    },
     {"config"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
     {"sparsity", "surgery"},
-    {"callbacks", "model", "summary"},
+    {"callbacks", "model", "summary", "safe_saving"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
-    {"demo"},
+    {"demo", "train"},
     {"cli", "__main__", "__init__"},
 ]
 
