@@ -56,8 +56,7 @@ class ProximalL1:
         optimizer = _required(optimizer)
         if self._references is None or step % self._interval == 0:
             self._rescale(layers, always, optimizer)
-        for s, threshold, kept in self._thresholds(layers, optimizer):
-            s.copy_(torch.where(kept, s, soft_threshold(s, threshold)))
+        self._shrink(layers, optimizer)
 
     def finish(
         self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
@@ -68,7 +67,9 @@ class ProximalL1:
             The zeros of S, masks `[O, I]`, the same on all processes.
         """
         optimizer = _required(optimizer)
-        self.advance(layers, always, step, optimizer)
+        if self._references is None:
+            self._rescale(layers, always, optimizer)
+        self._shrink(layers, optimizer)
         for s, threshold, kept in self._thresholds(layers, optimizer):
             s.masked_fill_((s.abs() <= self._interval * threshold) & ~kept, 0.0)
         dead = [s == 0 for s in gather([layer.s for layer in layers])]
@@ -83,6 +84,10 @@ class ProximalL1:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; `{}` begins afresh."""
         self._references, self._kept, self._kept_here = state.get("references"), list(state.get("kept", [])), []
+
+    def _shrink(self, layers: list[KronLinear], optimizer: Optimizer) -> None:
+        for s, threshold, kept in self._thresholds(layers, optimizer):
+            s.copy_(torch.where(kept, s, soft_threshold(s, threshold)))
 
     def _thresholds(
         self, layers: list[KronLinear], optimizer: Optimizer

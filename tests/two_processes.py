@@ -1,4 +1,4 @@
-"""Runs checks on two processes: `run` starts a script of this folder under torchrun, the script hands its checks to `main`.
+"""Runs checks on two processes: `run` starts a script of this folder under torchrun, which calls `main`.
 
 Each check is a function of a folder that both ranks call; what it raises, or returns as figures, comes back by name.
 """
@@ -18,12 +18,12 @@ import torch.distributed as dist
 RANKS = 2
 
 
-def run(script, folder, timeout):
-    """Results of all checks of a script: `{name: {"error": text or None, "figures": ..., "seconds": ...}}`."""
+def run(script, checks, folder, timeout):
+    """Results of the named checks of a script: `{name: {"error": text or None, "figures": ..., "seconds": ...}}`."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(Path(__file__).parent / script), str(folder)],
+        [sys.executable, "-m", *launcher, str(Path(__file__).parent / script), str(folder), *checks],
         env=environment,
         capture_output=True,
         text=True,
@@ -37,23 +37,24 @@ def run(script, folder, timeout):
     return {name: {**first[name], "error": first[name]["error"] or second[name]["error"]} for name in first}
 
 
-def main(checks):
-    """The script's side: calls every check on this rank and writes what came of it."""
-    folder = Path(sys.argv[1])
+def main(functions):
+    """The script's side: calls the checks that the command line names and writes what came of them."""
+    folder, *names = sys.argv[1:]
+    folder = Path(folder)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
-    for check in checks:
-        own = folder / check.__name__
+    for name in names:
+        own = folder / name
         own.mkdir(exist_ok=True)
         began = time.monotonic()
         result = {"error": None, "figures": None}
         try:
             torch.manual_seed(0)
             assert dist.get_world_size() == RANKS
-            result["figures"] = check(own)
+            result["figures"] = functions[name](own)
         except Exception:
             result["error"] = f"rank {dist.get_rank()}: {traceback.format_exc()}"
-        results[check.__name__] = {**result, "seconds": round(time.monotonic() - began, 2)}
+        results[name] = {**result, "seconds": round(time.monotonic() - began, 2)}
         failed = torch.tensor(int(result["error"] is not None))
         dist.all_reduce(failed)
         if failed:
