@@ -102,13 +102,15 @@ def test_a_proximal_step_is_the_formula(make_optimizer, by_hand):
             assert not torch.equal(expected[~kept], before[name][~kept])
 
 
-def test_step_size_of_a_capturable_optimizer_and_of_one_that_has_not_stepped():
+@pytest.mark.parametrize("kind", [torch.tensor, float, int], ids=["tensor", "float", "int"])
+def test_step_size_reads_any_kind_of_step_count_and_is_zero_before_the_first(kind):
     layer = KronLinear(8, 8, 4, 1)
     layer.s.grad = torch.ones_like(layer.s)
     optimizer = torch.optim.AdamW([layer.s], lr=0.5)
     assert step_size(optimizer, layer.s) == 0.0
     optimizer.step()
-    assert torch.equal(step_size(optimizer, layer.s), torch.full_like(layer.s, 0.5))  # v_hat = 1
+    optimizer.state[layer.s]["step"] = kind(1)
+    torch.testing.assert_close(step_size(optimizer, layer.s), torch.full_like(layer.s, 0.5))  # v_hat is 1
 
 
 def test_optimizers_without_known_step_sizes_raise():
