@@ -12,6 +12,7 @@ from kron_hf.config import KronConfig
 from kron_hf.hub import push_to_hub
 from kron_hf.last_checkpoint import last_checkpoint
 from kron_hf.layers import KronLinear
+from kron_hf.masks import copy_masks
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
@@ -28,6 +29,7 @@ __all__ = [
     "KronTrainer",
     "Sparsifier",
     "SparsityCallback",
+    "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
