@@ -17,10 +17,11 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
-    {"ops"},
-    {"layers"},
-    {"pruning", "param_groups", "checkpoint", "targets"},
+    {"factors", "config", "metrics", "escaping"},
+    {"ops", "claims"},
+    {"layers", "reading"},
+    {"pruning", "param_groups", "checkpoint_files", "targets"},
+    {"checkpoint"},
     {"sparsity", "surgery"},
     {"callbacks", "model", "summary"},
     {"trainer", "model_card"},
