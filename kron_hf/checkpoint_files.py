@@ -8,7 +8,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from kron_hf.escaping import plain, one_line, shorten, shown
+from kron_hf.escaping import one_line, plain, shorten, shown
 from kron_hf.layers import KronLinear
 
 __all__ = ["StoredTensor", "check_dtypes", "check_layers", "check_unmapped", "read_headers"]

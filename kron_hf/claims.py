@@ -17,7 +17,7 @@ __all__ = ["check_config", "check_elements"]
 
 MAX_NESTING = 32
 MAX_LAYERS = 1024
-MAX_LABELS = 2**20
+MAX_LABELS = 2**17
 # Layers are built one by one, in Python; widths only set shapes on the meta device.
 COUNTS_LAYERS = re.compile(r"(layers?|depths?|blocks?|stages?|iterations?)$")
 # Tensors that the files lack (a new head, say) are allocated as large as the config claims.

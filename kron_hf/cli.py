@@ -85,7 +85,8 @@ def _load(name: str) -> "PreTrainedModel":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
     model_class = model_class_for(config, with_head=False)
     with clean_errors(name):
-        return model_class.from_pretrained(name)
+        # Where a config names no dtype transformers would read it from the weights, before they are checked.
+        return model_class.from_pretrained(name, dtype=config.dtype or "float32", use_safetensors=True)
 
 
 def _write(text: str) -> None:

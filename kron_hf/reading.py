@@ -54,4 +54,5 @@ def read_config(name: str, **kwargs: Any) -> PreTrainedConfig | tuple[PreTrained
             raise ValueError(f"config.json must hold a JSON object, got {shown(content)}")
         # Before AutoConfig makes a dict of as many labels as the file claims.
         check_config(content)
-        return AutoConfig.from_pretrained(name, **kwargs)
+        # Without an answer transformers asks on the terminal whether to run the repository's code.
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})

@@ -208,8 +208,9 @@ class Sparsifier:
         """Continues from `state_dict`. Load the model's weights first: their zeros freeze masks, which this corrects.
 
         Raises:
-            ValueError: The state is of a model with other layers.
+            ValueError: The state is of a model with other layers, or malformed.
         """
+        _check_state(state)
         layers, packed = kron_layers(self._model), state["initial_dead"]
         if len(packed) != len(layers):
             raise ValueError(f"the sparsity state is of {len(packed)} Kronecker layers, this model has {len(layers)}")
@@ -290,6 +291,21 @@ def _clear_state(optimizer: Optimizer, parameter: nn.Parameter, dead: Tensor) ->
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def _check_state(state: object) -> None:
+    """Says what is wrong with a state that was read from a damaged file."""
+    content = state if isinstance(state, Mapping) else {}
+    masks, step, frozen = (content.get(key) for key in ("initial_dead", "step_count", "frozen"))
+    if not isinstance(masks, list) or not all(mask is None or isinstance(mask, str) for mask in masks):
+        raise ValueError("the sparsity state is malformed: initial_dead must be a list of base64 texts or None")
+    if type(step) is not int or step < 0 or type(frozen) is not bool:
+        raise ValueError("the sparsity state is malformed: step_count must be a count and frozen a bool")
+    for index, mask in enumerate(masks):
+        try:
+            base64.b64decode(mask or "", validate=True)
+        except ValueError:
+            raise ValueError(f"the sparsity state is malformed: initial_dead[{index}] is not base64") from None
 
 
 def _pack(mask: Tensor) -> str:

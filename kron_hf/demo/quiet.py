@@ -1,6 +1,7 @@
 """Keeps the output of the command line clean."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,5 +30,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
+    # transformers' own colours go, whatever else there is comes out escaped.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+    record.msg, record.args = printable(text, keep="\n\t"), ()
     return True
