@@ -122,6 +122,8 @@ class KronLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws factors that give W the variance of `nn.Linear`, `1 / (3 * in_features)`, and a bias as there."""
+        if self.s.is_meta:
+            return  # nothing to draw, and torch takes milliseconds over it, which is most of loading a small model
         self.reset_factors(1 / (3 * self.in_features))
         if self.bias is not None:
             bound = self.in_features**-0.5
