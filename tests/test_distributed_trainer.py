@@ -35,7 +35,6 @@ def two(alone, tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_processes(two, check):
     _, results = two
-    assert check in results, "an earlier check failed"
     assert results[check]["error"] is None, results[check]["error"]
 
 
