@@ -64,6 +64,7 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
+    from huggingface_hub import constants
     from transformers import AutoConfig
 
     from kron_hf.model import model_class_for
@@ -76,7 +77,7 @@ def _load(name: str) -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].replace(constants.HF_HUB_CACHE, "the cache")
         raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
     method = getattr(config, "quantization_config", None) or {}
     if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":

@@ -9,6 +9,9 @@ import pytest
 from hub_client import HubClient
 from hub_faults import slow
 from hub_server import LocalHub
+from torch import nn
+
+from kron_hf import push_to_hub
 
 WEIGHTS = "model.safetensors"
 
@@ -126,6 +129,11 @@ def test_card_and_other_files_of_the_user_stay(hub, client):
     assert (files["README.md"], files["notes.txt"]) == (b"my card: import kron_hf", b"mine")
 
 
+def test_a_model_that_cannot_be_saved_is_refused():
+    with pytest.raises(TypeError, match="needs a model with save_pretrained, got Linear"):
+        push_to_hub(nn.Linear(2, 2), "alice/linear")
+
+
 def test_metrics_come_into_the_card_and_name_their_data(hub, client):
     client.value("push", repo="alice/measured", seed=0, dataset="digits", metrics={"accuracy": 0.975})
     assert b"| accuracy | 0.9750 |" in hub.files("alice/measured")["README.md"]
@@ -153,6 +161,15 @@ def test_summary_of_a_repository(hub, client):
     before = len(client.output.read_text())
     assert client.value("summary", repo="alice/absent", cache="table") == 1
     assert "kron-hf: error: alice/absent is no directory here" in client.output.read_text()[before:]
+
+
+def test_summary_of_a_broken_repository_tells_no_path(client):
+    client.value("upload", repo="alice/table", path="config.json", text="{")
+    before = len(client.output.read_text())
+    assert client.value("summary", repo="alice/table", cache="broken") == 1
+    said = [line for line in client.output.read_text()[before:].splitlines() if line.startswith("kron-hf: error")]
+    assert "config file at 'the cache/models--alice--table" in said[0]
+    assert str(client.home) not in said[0]
 
 
 @pytest.mark.parametrize("token", [False, True], ids=["logged-in", "hub_token"])
