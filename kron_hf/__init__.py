@@ -1,10 +1,12 @@
 """Kronecker-sparse layers for Hugging Face models.
 
-Importing this package also teaches `from_pretrained` to load models with Kronecker layers.
+Importing this package also teaches `from_pretrained` to load models with Kronecker layers, and PEFT to take a
+`KronConfig`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.hub import push_to_hub

@@ -30,6 +30,7 @@ __all__ = [
     "carry_trained_mark",
     "detach_kron_config",
     "holds_trained_weights",
+    "mark_trained",
 ]
 
 QUANT_METHOD = "kron"
@@ -194,8 +195,13 @@ def _is_copy_of_a_loaded_model(module: nn.Module) -> bool:
 def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
     """Lets `holds_trained_weights` see the parameters of `target` as it saw those of the `source` they replace."""
     if any(map(_is_marked, source.parameters())):
-        for parameter in target.parameters():
-            parameter._is_hf_initialized = True
+        mark_trained(target)
+
+
+def mark_trained(module: nn.Module) -> None:
+    """Lets `holds_trained_weights` count the parameters of a module as trained."""
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True
 
 
 def _is_marked(parameter: Tensor) -> bool:

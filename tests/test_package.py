@@ -17,13 +17,14 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("cache", "factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics", "cache"},
+    {"factors", "metrics", "module_map", "peft_type", "cache"},
+    {"config"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
     {"sparsity", "surgery"},
     {"callbacks", "model", "summary"},
-    {"model_card"},
+    {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"demo"},
     {"cli", "__main__", "__init__"},
