@@ -153,6 +153,40 @@ def test_model_is_built_from_a_dense_one_on_the_hub(hub, client, pretrained):
     assert hub.requested("config.json")
 
 
+@pytest.mark.parametrize("door", ["stock", "kron"])
+def test_adapter_round_trip_is_bit_equal(hub, client, door):
+    base, repo = f"alice/base-{door}", f"alice/adapter-{door}"
+    client.value("push_dense", repo=base, seed=0)
+    pushed = client.value("push_adapter", repo=repo, base=base, door=door, cache=f"{repo}-pushed")
+    files = hub.files(repo)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == files.keys()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
+    assert client.value("pull_adapter", repo=repo, base=base, cache=repo) == pushed
+    assert client.value("pull_adapter", repo=repo, cache=f"{repo}-auto") == pushed
+    assert client.value("pull_adapter", repo=repo, cache=f"{repo}-auto", offline=True) == pushed
+
+
+def test_card_of_an_adapter_names_its_base(hub, client):
+    client.value("push_dense", repo="alice/base-card", seed=0)
+    client.value("push_adapter", repo="alice/adapter-card", base="alice/base-card")
+    card = hub.files("alice/adapter-card")["README.md"].decode()
+    assert "library_name: peft" in card
+    assert "base_model: alice/base-card" in card
+    assert "base = AutoModelForImageClassification.from_pretrained('alice/base-card')" in card
+    assert "model = PeftModel.from_pretrained(base, 'alice/adapter-card')" in card
+
+
+def test_adapter_of_a_local_base_tells_no_path(hub, client):
+    client.value("push_dense", repo="alice/base-local", seed=0)
+    answer = client.run("push_adapter", repo="alice/adapter-local", base="alice/base-local", local=True)
+    assert any("local folder, which is not published" in text for text in answer["warnings"])
+    assert not any(
+        str(client.home) in data.decode(errors="ignore") for data in hub.files("alice/adapter-local").values()
+    )
+    loaded = client.value("pull_adapter", repo="alice/adapter-local", base="alice/base-local", cache="local")
+    assert loaded == answer["value"]
+
+
 def test_summary_of_a_repository(hub, client):
     client.value("push", repo="alice/table", seed=0)
     before = len(client.output.read_text())
