@@ -146,9 +146,8 @@ def upload(repo, path, text):
     return HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=repo).oid
 
 
-NAMES = "push push_dense pull push_adapter pull_adapter expected from_base push_with_processor classify "
-    "summary train upload"
-COMMANDS = {name: globals()[name] for name in NAMES.split()}
+NAMES = "push push_dense pull push_adapter pull_adapter expected from_base push_with_processor classify summary"
+COMMANDS = {name: globals()[name] for name in f"{NAMES} train upload".split()}
 
 
 def carry_out(line):
