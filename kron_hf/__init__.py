@@ -10,7 +10,9 @@ import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.hub import push_to_hub
+from kron_hf.last_checkpoint import last_checkpoint
 from kron_hf.layers import KronLinear
+from kron_hf.masks import copy_masks
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
@@ -27,9 +29,11 @@ __all__ = [
     "KronTrainer",
     "Sparsifier",
     "SparsityCallback",
+    "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
+    "last_checkpoint",
     "push_to_hub",
     "to_dense",
     "write_model_card",

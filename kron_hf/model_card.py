@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from torch import nn
 
+from kron_hf.escaping import printable
 from kron_hf.summary import kron_summary
 
 __all__ = ["add_usage", "base_name", "write_model_card"]
@@ -56,7 +57,9 @@ def write_model_card(
     name = _public(name or "") or directory.resolve().name
     dataset = dataset and _public(dataset)
     data = _card_data(model, name, dataset, metrics or {})
-    content = f"---\n{data.to_yaml()}\n---\n\n{_body(model, name, dataset, metrics or {})}"
+    # YAML leaves characters as they are that turn the direction of writing.
+    front = printable(data.to_yaml(), keep="\n")
+    content = f"---\n{front}\n---\n\n{_body(model, name, dataset, metrics or {})}"
     ModelCard(content).save(path)
     return path
 
@@ -159,6 +162,8 @@ def _fenced(code: str, language: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text as Markdown shows it literally, on one line: no markup, HTML, link or table cell can start in it."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
+    text = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
+    # GitHub makes links of bare addresses.
+    return text.replace("://", ":&#47;/").replace("www.", "www&#46;").replace("@", "&#64;")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kron_hf.config import BlockSize, KronConfig
+from kron_hf.escaping import printable
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear, resolve_block_size
 from kron_hf.module_map import localize_names
@@ -65,9 +66,10 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
         try:
             targets.append(_resolve(model, name, module, config, owners))
         except ValueError as error:
+            reason = printable(str(error))
             if named:
-                raise
-            skipped[name] = str(error)
+                raise ValueError(reason) from None
+            skipped[name] = reason
     if not targets:
         raise ValueError(_no_match_message(model, config, list(skipped.values())))
     if skipped:
@@ -111,8 +113,8 @@ def _check_model(model: nn.Module) -> None:
     converted = [name for name, module in model.named_modules() if isinstance(module, KronLinear)]
     if converted:
         raise ValueError(
-            f"the model already has {len(converted)} Kronecker layers (first: {converted[0]}); convert a dense model, "
-            "or turn this one back with kron_hf.to_dense(model) first"
+            f"the model already has {len(converted)} Kronecker layers (first: {printable(converted[0])}); convert a "
+            "dense model, or turn this one back with kron_hf.to_dense(model) first"
         )
     methods = {method for module in model.modules() if (method := _quant_method(module))}
     if "kron" in methods:
@@ -257,7 +259,7 @@ def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) 
     candidates = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
     wanted = "the default target_modules" if config.target_modules is None else f"{config.target_modules!r}"
     reasons = f" ({'; '.join(skipped)})" if skipped else ""
-    shown = ", ".join(candidates) if candidates else "none: the model has no nn.Linear below its root"
+    shown = printable(", ".join(candidates)) if candidates else "none: the model has no nn.Linear below its root"
     return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
 
 
@@ -293,6 +295,6 @@ def _warn_not_cheaper(targets: list[Target]) -> None:
     if dearer:
         warnings.warn(
             f"These modules need as many FLOPs as dense ones or more; take a lower rank or another block size: "
-            f"{', '.join(dearer)}",
+            f"{printable(', '.join(dearer))}",
             stacklevel=5,
         )
