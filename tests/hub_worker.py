@@ -142,12 +142,16 @@ def train(repo, strategy, trainer="kron", token=False, push_at_end=False):
     return digest(model)
 
 
+def command_line(words):
+    return main(words)
+
+
 def upload(repo, path, text):
     return HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=repo).oid
 
 
 NAMES = "push push_dense pull push_adapter pull_adapter expected from_base push_with_processor classify summary"
-COMMANDS = {name: globals()[name] for name in f"{NAMES} train upload".split()}
+COMMANDS = {name: globals()[name] for name in f"{NAMES} train command_line upload".split()}
 
 
 def carry_out(line):
