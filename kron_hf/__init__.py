@@ -5,6 +5,7 @@ Importing this package also teaches `from_pretrained` to load models with Kronec
 
 from typing import TYPE_CHECKING, Any
 
+from kron_hf import versions  # noqa: F401  # first: raises before an unsupported library is imported
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
