@@ -24,8 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PINS = {path.stem: path for path in sorted((ROOT / "tests" / "pins").glob("*.txt"))}
 # What touches transformers, peft, accelerate or huggingface_hub; mathematics and the layers do not.
 TESTS = [
-    "tests/test_versions.py",
     "tests/test_private_attributes.py",
+    "tests/test_private_torch.py",
+    "tests/test_private_loading.py",
+    "tests/test_private_training.py",
+    "tests/test_private_peft.py",
     "tests/test_config.py",
     "tests/test_targets.py",
     "tests/test_model.py",
@@ -33,6 +36,11 @@ TESTS = [
     "tests/test_training_checkpoints.py",
     "tests/test_trainer.py",
     "tests/test_callbacks.py",
+    "tests/test_peft_type.py",
+    "tests/test_peft_adapters.py",
+    "tests/test_peft_loading.py",
+    "tests/test_peft_refusals.py",
+    "tests/test_hub.py",
 ]
 PASSED, FAILED, NOT_INSTALLED = 0, 1, 3
 

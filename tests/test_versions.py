@@ -79,7 +79,7 @@ def test_supported(found, name, version):
         ("transformers", "6.0.0"),
         ("transformers", "6.0.0.dev0"),
         ("torch", "2.12.1+cpu"),
-        ("peft", "0.19.1"),
+        ("peft", "0.20.0"),
         ("accelerate", "1.11.0"),
         ("huggingface_hub", "1.33.0"),
         ("safetensors", "0.7.0"),
@@ -100,8 +100,8 @@ def test_all_that_is_unsupported_is_named_at_once(found):
     with pytest.raises(ImportError) as error:
         versions.check_versions()
     assert str(error.value) == (
-        "kron_hf needs transformers>=5.18,<6 (found: 5.8.0), peft>=0.20,<1 (found: none). "
-        'Run: pip install "transformers>=5.18,<6" "peft>=0.20,<1"'
+        "kron_hf needs transformers>=5.18,<6 (found: 5.8.0), peft>=0.21,<1 (found: none). "
+        'Run: pip install "transformers>=5.18,<6" "peft>=0.21,<1"'
     )
 
 
