@@ -136,7 +136,7 @@ def test_errors_are_those_of_get_kron_model_and_leave_the_model_alone(base, monk
     assert not kron_layers(models[1])
     assert not hasattr(models[1], "peft_config")
     assert all(parameter.requires_grad for parameter in models[1].parameters())
-    models[1].add_adapter(config())  # the next try works
+    door(base)  # the next try works
     assert len(kron_layers(models[1])) == 12
 
 
