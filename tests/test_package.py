@@ -17,7 +17,7 @@ HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "h
 TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
+    {"factors", "config", "metrics", "weight_reads"},
     {"ops"},
     {"layers"},
     {"pruning", "param_groups", "checkpoint", "targets"},
