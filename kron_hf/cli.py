@@ -1,10 +1,11 @@
 """The command line `kron-hf`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,9 +18,13 @@ USER_ERRORS = (OSError, ValueError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `kron-hf` and returns its exit status: 0, or 1 after an error that the user can mend."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options.command(options)
+        if words[:1] == ["train"]:
+            _train(words[1:])
+        else:
+            options = _parser().parse_args(words)
+            options.command(options)
     except USER_ERRORS as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -38,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(command=_demo)
 
+    # Its options are transformers' as well and take seconds to import: `main` hands them on.
+    commands.add_parser("train", help="train an image classifier on your data, with every option of Trainer")
+
     summary = commands.add_parser("summary", help="parameters, sparsity and FLOPs of a saved model")
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -49,6 +57,14 @@ def _demo(options: argparse.Namespace) -> None:
     from kron_hf.demo.run import run_demo
 
     run_demo(options.output_dir, seed=options.seed, write=_write)
+
+
+def _train(words: list[str]) -> None:
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.train.run import run_train
+
+    with quiet_transformers():
+        run_train(words, write=_write)
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -64,9 +80,9 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
-    from transformers import AutoConfig
-
+    from kron_hf.escaping import one_line
     from kron_hf.model import model_class_for
+    from kron_hf.reading import clean_errors, read_config
 
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -74,14 +90,19 @@ def _load(name: str) -> "PreTrainedModel":
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config: Any = read_config(name)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        if Path(name).is_dir():
+            raise
+        reason = one_line(str(error))
         raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
-    method = getattr(config, "quantization_config", None) or {}
-    if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":
+    method = getattr(config, "quantization_config", None)
+    if not isinstance(method, dict) or method.get("quant_method") != "kron":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
-    return model_class_for(config, with_head=False).from_pretrained(name)
+    model_class = model_class_for(config, with_head=False)
+    with clean_errors(name):
+        # Where a config names no dtype transformers would read it from the weights, before they are checked.
+        return model_class.from_pretrained(name, dtype=config.dtype or "float32", use_safetensors=True)
 
 
 def _write(text: str) -> None:
@@ -90,7 +111,10 @@ def _write(text: str) -> None:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"kron-hf: error: {message.strip()}\n")
+    from kron_hf.escaping import one_line
+
+    if os.environ.get("RANK", "0") == "0":  # one of many processes speaks
+        sys.stderr.write(f"kron-hf: error: {one_line(message)}\n")
     return 1
 
 

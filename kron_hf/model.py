@@ -4,16 +4,18 @@ from typing import Any, TypeVar, overload
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
 from kron_hf.config import KronConfig
+from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
+from kron_hf.reading import clean_errors, read_config
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 
-__all__ = ["get_kron_model", "model_class_for"]
+__all__ = ["get_kron_model", "init_method", "model_class_for"]
 
 
 CHOICES = """\
@@ -88,7 +90,7 @@ def get_kron_model(
 
 def _convert(model: ModelT, config: KronConfig) -> ModelT:
     targets = find_targets(model, config)
-    layers = make_layers(targets, _init_method(model, config, targets))
+    layers = make_layers(targets, init_method(model, config, targets))
     replace_modules(model, layers)
     for part in pretrained_parts(model).values():
         if any(isinstance(module, KronLinear) for module in part.modules()):
@@ -96,7 +98,12 @@ def _convert(model: ModelT, config: KronConfig) -> ModelT:
     return model
 
 
-def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:
+def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:
+    """How the factors start: "random" or "nearest".
+
+    Raises:
+        ValueError: `config.init_weights` is missing, and the targets hold trained weights; or it is not possible.
+    """
     if config.init_weights == "calibrated":
         raise ValueError(
             "init_weights='calibrated' needs calibration data, which this version does not take yet; "
@@ -121,22 +128,24 @@ def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: d
             f"{CHOICES}\nor get_kron_model(config, pretrained=False) to train from scratch"
         )
     revision = {} if config.revision is None else {"revision": config.revision}
-    loaded: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
+    loaded: Any = read_config(name, return_unused_kwargs=True, **revision, **kwargs)
     model_config, unused = loaded
     model_class = auto_class or model_class_for(model_config, with_head="num_labels" in kwargs)
-    if pretrained:
-        return model_class.from_pretrained(name, **revision, **kwargs)
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    return build(model_config, **unused)
+    with clean_errors(name):
+        if pretrained:
+            return model_class.from_pretrained(name, **revision, **kwargs)
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        return build(model_config, **unused)
 
 
 def model_class_for(config: PreTrainedConfig, with_head: bool) -> Any:
     """The class that the checkpoint was saved from, looked up among transformers' model classes only."""
-    name = (config.architectures or [""])[0]
+    listed = config.architectures
+    name = listed[0] if isinstance(listed, list) and listed else ""
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
         raise ValueError(
-            f"the checkpoint's architecture {name!r} is no transformers model for a {type(config).__name__}; pass "
+            f"the checkpoint's architecture {shown(name)} is no transformers model for a {type(config).__name__}; pass "
             "auto_class=, such as auto_class=AutoModelForImageClassification"
         )
     headless = type(config) in MODEL_MAPPING and MODEL_MAPPING[type(config)] is found

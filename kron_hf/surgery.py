@@ -8,9 +8,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
+from kron_hf.escaping import printable
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
-from kron_hf.targets import Target, pretrained_parts
+from kron_hf.targets import Target, pretrained_parts, refuse_adapters
 
 EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: rounding in float32
 
@@ -56,12 +57,17 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def to_dense(model: nn.Module) -> nn.Module:
     """Turns every Kronecker layer back into `nn.Linear`, in place, and returns the model.
 
-    What the model then saves loads in plain transformers, without kron_hf.
+    What the model then saves loads in plain transformers, without kron_hf. For a `PeftModel` call its
+    `merge_and_unload()`.
+
+    Raises:
+        ValueError: The model is a single layer or carries PEFT adapters.
     """
     if isinstance(model, KronLinear):
         raise ValueError(
             "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
         )
+    refuse_adapters(model)
     # A layer that the model holds under two names stays one layer.
     names = {
         name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, KronLinear)
@@ -87,7 +93,7 @@ def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLi
 def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
     if target.linear.weight.is_meta:
         raise ValueError(
-            f"{target.name}: init_weights='nearest' needs its values, but the weight is on the meta device"
+            f"{printable(target.name)}: init_weights='nearest' needs its values, but the weight is on the meta device"
         )
     layer = KronLinear.like(target.linear, target.block_size, target.rank)
     weight = target.linear.weight.detach()
@@ -103,4 +109,4 @@ def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronL
 def _check_finite(target: Target) -> None:
     weight = target.linear.weight
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{target.name}: its weight holds NaN or infinite values")
+        raise ValueError(f"{printable(target.name)}: its weight holds NaN or infinite values")
