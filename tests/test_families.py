@@ -345,7 +345,10 @@ def saved(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
     models = {}
     selected = [item for item in request.session.items if "saved" in getattr(item, "fixturenames", ())]
-    for family in dict.fromkeys(item.callspec.params["family"] for item in selected):
+    names = [
+        item.callspec.params.get("family") if hasattr(item, "callspec") else "clip-classifier" for item in selected
+    ]
+    for family in dict.fromkeys(names):
         torch.manual_seed(0)
         model = convert(ALL_FAMILIES[family]()).eval()
         for layer in kron_layers(model).values():
@@ -426,6 +429,33 @@ def test_to_dense_saves_plain_transformers(tmp_path, saved, family):
     loaded = type(model).from_pretrained(tmp_path)
     assert not kron_layers(loaded)
     torch.testing.assert_close(outputs_of(loaded, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+# Classes that hold a part of another class's model
+
+
+def test_the_whole_clip_takes_the_layers_of_its_classifier(saved):
+    model, folder = saved["clip-classifier"]
+    whole = hf.CLIPModel.from_pretrained(folder)
+    assert list(kron_layers(whole)) == list(kron_layers(model))
+    for name, layer in kron_layers(whole).items():
+        assert_equal(layer.state_dict(), model.get_submodule(name).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "message"),
+    [
+        ("clip", "CLIPVisionModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("clip", "CLIPTextModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("siglip", "SiglipVisionModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("clip-vision-projection", "CLIPVisionModel", "CLIPVisionModel has no module 'vision_model"),
+        ("clip", "CLIPForImageClassification", "CLIPForImageClassification has no module 'text_model"),
+    ],
+    ids=lambda value: value if value.isidentifier() else "",
+)
+def test_a_tower_cannot_be_loaded_out_of_a_converted_pair_and_says_so(saved, family, kind, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        getattr(hf, kind).from_pretrained(saved[family][1])
 
 
 # Trainer's resume loads state dicts by their raw names

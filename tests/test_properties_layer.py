@@ -41,7 +41,7 @@ def gradients(output, inputs):
     return torch.autograd.grad((output * torch.randn_like(output)).sum(), inputs)
 
 
-@examples(200, 3000)
+@examples(200, 1500)
 def test_forward_and_gradients_are_those_of_the_naive_formula(examples):
     def check(case):
         layer, batch, frozen = case
@@ -59,7 +59,7 @@ def test_forward_and_gradients_are_those_of_the_naive_formula(examples):
     check_all(check, st.tuples(layers(), BATCHES, st.booleans()), examples)
 
 
-@examples(100, 1500)
+@examples(100, 1000)
 def test_state_dict_round_trip_is_exact_and_freezes_zeros(examples):
     def check(layer):
         other = KronLinear(
@@ -79,7 +79,7 @@ def test_state_dict_round_trip_is_exact_and_freezes_zeros(examples):
     check_all(check, layers(), examples)
 
 
-@examples(100, 1500)
+@examples(100, 1000)
 def test_dense_layers_there_and_back(examples):
     def check(layer):
         linear = layer.to_linear()
@@ -102,7 +102,7 @@ OPTIMIZERS = {
 ACTIONS = st.lists(st.sampled_from(["step", "step", "zero a block", "freeze", "unfreeze", "reload"]), max_size=12)
 
 
-@examples(60, 800)
+@examples(60, 600)
 def test_a_frozen_mask_holds_through_random_training(examples):
     """A model of the mask beside the layer: which blocks have to be dead after every action."""
 

@@ -143,7 +143,7 @@ def is_named(config, name):
     return matches(config.target_modules) and not matches(config.exclude_modules)
 
 
-@examples(200, 2000)
+@examples(200, 1500)
 def test_conversion_is_all_or_nothing_and_reversible(examples):
     outcomes = {"refused": 0, "converted": 0}
 
@@ -197,7 +197,7 @@ def assert_dense_again(model, before):
     assert flags == now[2]
 
 
-@examples(60, 600)
+@examples(60, 400)
 def test_nearest_at_full_rank_changes_nothing(examples):
     converted = []
 
