@@ -32,6 +32,7 @@ ORDER = [
         "hidden_token",
         "sharding",
         "versions",
+        "weight_reads",
     },
     {"module_map", "claims", "ops"},
     {"config", "layers", "reading"},
