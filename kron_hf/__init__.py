@@ -1,13 +1,18 @@
 """Kronecker-sparse layers for Hugging Face models.
 
-Importing this package also teaches `from_pretrained` to load models with Kronecker layers.
+Importing this package also teaches `from_pretrained` to load models with Kronecker layers, and PEFT to take a
+`KronConfig`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
+from kron_hf.hub import push_to_hub
+from kron_hf.last_checkpoint import last_checkpoint
 from kron_hf.layers import KronLinear
+from kron_hf.masks import copy_masks
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
@@ -24,9 +29,12 @@ __all__ = [
     "KronTrainer",
     "Sparsifier",
     "SparsityCallback",
+    "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
+    "last_checkpoint",
+    "push_to_hub",
     "to_dense",
     "write_model_card",
 ]

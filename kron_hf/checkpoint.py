@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kron_hf.cache import check_cached_files
 from kron_hf.checkpoint_files import check_dtypes, check_layers, check_unmapped, read_headers
 from kron_hf.claims import check_config, check_elements
 from kron_hf.escaping import shown
@@ -32,6 +33,7 @@ __all__ = [
     "carry_trained_mark",
     "detach_kron_config",
     "holds_trained_weights",
+    "mark_trained",
 ]
 
 QUANT_METHOD = "kron"
@@ -109,6 +111,7 @@ class KronHfQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_cached_files(kwargs.get("checkpoint_files") or [])
         modules = _names_in(model, self.quantization_config.modules)
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
         files = kwargs.get("checkpoint_files")
@@ -205,8 +208,13 @@ def _is_copy_of_a_loaded_model(module: nn.Module) -> bool:
 def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:
     """Lets `holds_trained_weights` see the parameters of `target` as it saw those of the `source` they replace."""
     if any(map(_is_marked, source.parameters())):
-        for parameter in target.parameters():
-            parameter._is_hf_initialized = True
+        mark_trained(target)
+
+
+def mark_trained(module: nn.Module) -> None:
+    """Lets `holds_trained_weights` count the parameters of a module as trained."""
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True
 
 
 def _is_marked(parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The command line `kron-hf`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,13 @@ USER_ERRORS = (OSError, ValueError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `kron-hf` and returns its exit status: 0, or 1 after an error that the user can mend."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options.command(options)
+        if words[:1] == ["train"]:
+            _train(words[1:])
+        else:
+            options = _parser().parse_args(words)
+            options.command(options)
     except USER_ERRORS as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -38,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(command=_demo)
 
+    # Its options are transformers' as well and take seconds to import: `main` hands them on.
+    commands.add_parser("train", help="train an image classifier on your data, with every option of Trainer")
+
     summary = commands.add_parser("summary", help="parameters, sparsity and FLOPs of a saved model")
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -49,6 +57,14 @@ def _demo(options: argparse.Namespace) -> None:
     from kron_hf.demo.run import run_demo
 
     run_demo(options.output_dir, seed=options.seed, write=_write)
+
+
+def _train(words: list[str]) -> None:
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.train.run import run_train
+
+    with quiet_transformers():
+        run_train(words, write=_write)
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -97,7 +113,8 @@ def _write(text: str) -> None:
 def _fail(message: str) -> int:
     from kron_hf.escaping import one_line
 
-    sys.stderr.write(f"kron-hf: error: {one_line(message)}\n")
+    if os.environ.get("RANK", "0") == "0":  # one of many processes speaks
+        sys.stderr.write(f"kron-hf: error: {one_line(message)}\n")
     return 1
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from peft import PeftConfig
+
+from kron_hf.module_map import ModuleMap, checked_module_map
+from kron_hf.peft_type import kron_peft_type
 
 __all__ = ["BlockSize", "KronConfig"]
 
 BlockSize = int | tuple[int, int]
 INIT_WEIGHTS = (None, "random", "nearest", "calibrated")
+FORMAT_VERSION = 1
+# What chooses modules; `modules` stands in their place.
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+PATTERNS = ("block_size_pattern", "rank_pattern")
 
 
 @dataclass
@@ -37,6 +44,11 @@ class KronConfig(PeftConfig):
             replaced weight in the Frobenius norm. `"calibrated"`: fitted to the layer's outputs on data (not in
             this version). None: random for a model that was built from its config; an error for one loaded from a
             checkpoint, since its weights would be lost.
+        modules_to_save: Names or name endings of modules to train and save whole beside a PEFT adapter, such as a new
+            `"classifier"`. They are left dense.
+        modules: `{module name: {"block_size": [bo, bi], "rank": r}}`, what the fields above come to on a model. A
+            `PeftModel` fills it in and its adapter_config.json holds it, so that loading matches no patterns.
+        format_version: Version of the layout of adapter_config.json.
         base_model_name_or_path: The model that `get_kron_model(config)` starts from.
 
     Raises:
@@ -58,62 +70,128 @@ class KronConfig(PeftConfig):
     init_weights: Literal["random", "nearest", "calibrated"] | None = field(
         default=None, metadata={"help": "How the factors start."}
     )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
+    modules: ModuleMap | None = field(default=None, metadata={"help": "Resolved block size and rank by module."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this layout."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses the keys of a file that this version does not know."""
+        # Here and not in from_peft_type: PEFT's own loader would drop unknown keys with a warning before that.
+        if "peft_type" in kwargs:
+            _check_version(kwargs.get("format_version", FORMAT_VERSION))
+            if unknown := sorted(kwargs.keys() - {item.name for item in fields(cls)}):
+                raise ValueError(f"this adapter_config.json has keys that this kron_hf does not know: {unknown!r:.200}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "KRON"  # type: ignore[assignment]  # not a member of PEFT's enum
+        # JSON gives a plain string, Python code nothing or the enum's member.
+        self._from_file = type(self.peft_type) is str
+        if self.peft_type not in (None, kron_peft_type()):
+            raise ValueError(f"KronConfig needs peft_type 'KRON', got {self.peft_type!r:.80}")
+        self.peft_type = kron_peft_type()
+        _check_version(self.format_version)
         self.block_size = _checked_block_size("block_size", self.block_size)
-        self.block_size_pattern = {
-            name: _checked_block_size(f"block_size_pattern[{name!r}]", size)
-            for name, size in _checked_pattern("block_size_pattern", self.block_size_pattern).items()
-        }
         self.rank = _checked_rank("rank", self.rank, self.block_size)
-        for name, rank in _checked_pattern("rank_pattern", self.rank_pattern).items():
-            _checked_rank(f"rank_pattern[{name!r}]", rank)
-        self.target_modules = _checked_names("target_modules", self.target_modules)
-        self.exclude_modules = _checked_names("exclude_modules", self.exclude_modules)
+        self._check_names()
         self._check_layer_selection()
         if isinstance(self.base_model_name_or_path, PathLike):
             self.base_model_name_or_path = fspath(self.base_model_name_or_path)
         if self.init_weights not in INIT_WEIGHTS:
-            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}")
+            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r:.200}")
+        self._check_modules()
+        self._check_inherited()
+
+    def refuse_stored_patterns(self) -> None:
+        """Called before the config is matched against a model: a pattern that was read from a file is never run.
+
+        Raises:
+            ValueError: The config was read from a file and selects modules by regular expressions.
+        """
+        if not self._from_file or self.modules is not None:
+            return
+        selections = {name: getattr(self, name) for name in SELECTION}
+        runs = [name for name, value in selections.items() if isinstance(value, str) and value != "all-linear"]
+        runs += [name for name in ("layers_pattern", *PATTERNS) if getattr(self, name) and name not in runs]
+        if runs:
+            raise ValueError(
+                f"this config was read from a file and has patterns ({', '.join(runs)}); a pattern from a file is "
+                "never run. Write the config as KronConfig(...) in code; adapters store the resolved names in `modules`"
+            )
+
+    def _check_names(self) -> None:
+        regex = not self._from_file
+        self.block_size_pattern = {
+            name: _checked_block_size(f"block_size_pattern[{name!r:.200}]", size)
+            for name, size in _checked_pattern("block_size_pattern", self.block_size_pattern, regex).items()
+        }
+        for name, rank in _checked_pattern("rank_pattern", self.rank_pattern, regex).items():
+            _checked_rank(f"rank_pattern[{name!r:.200}]", rank)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            setattr(self, name, _checked_names(name, getattr(self, name), regex))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be None or a list of names, got {self.modules_to_save!r:.200}")
+        self.modules_to_save = _checked_names("modules_to_save", self.modules_to_save, regex)  # type: ignore[assignment]
 
     def _check_layer_selection(self) -> None:
         self.layers_to_transform = _checked_indices(self.layers_to_transform)
-        self.layers_pattern = _checked_names("layers_pattern", self.layers_pattern)
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
             raise ValueError("layers_to_transform needs target_modules to be a list of names")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
 
+    def _check_modules(self) -> None:
+        if self.modules is None:
+            return
+        self.modules = checked_module_map(self.modules)
+        if given := [name for name in (*SELECTION, *PATTERNS) if getattr(self, name)]:
+            raise ValueError(f"modules already says which modules to replace; it excludes {', '.join(given)}")
+
+    def _check_inherited(self) -> None:
+        """What PEFT's own fields hold, which it does not check itself."""
+        if not isinstance(self.inference_mode, bool):
+            raise ValueError(f"inference_mode must be a bool, got {self.inference_mode!r:.80}")
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} must be None or a string, got {value!r:.80}")
+        if not isinstance(self.auto_mapping, dict | None):
+            raise ValueError(f"auto_mapping must be None or a dict, got {self.auto_mapping!r:.80}")
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> KronConfig:
         """Builds the config from its own JSON keys; this class is the only one with `peft_type` "KRON"."""
-        found = kwargs.pop("peft_type", "KRON")
+        found = kwargs.setdefault("peft_type", "KRON")
         if found != "KRON":
-            raise ValueError(f"this adapter_config.json has peft_type {found!r}; KronConfig needs 'KRON'")
-        known = {item.name for item in fields(cls)}
-        if unknown := sorted(kwargs.keys() - known):
-            raise ValueError(f"this adapter_config.json has keys that this kron_hf does not know: {unknown}")
+            raise ValueError(f"this adapter_config.json has peft_type {found!r:.80}; KronConfig needs 'KRON'")
         return cls(**kwargs)
+
+
+def _check_version(value: Any) -> None:
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"format_version must be an int of at least 1, got {value!r:.80}")
+    if value > FORMAT_VERSION:
+        raise ValueError(
+            f"this adapter_config.json has format_version {value!r:.80}, this kron_hf reads up to {FORMAT_VERSION}; "
+            "upgrade kron_hf"
+        )
 
 
 def _checked_block_size(name: str, value: Any) -> BlockSize:
     sizes = (value,) if isinstance(value, int) else value
     pair = not isinstance(value, int)
     if not isinstance(sizes, tuple | list) or (pair and len(sizes) != 2) or not all(map(_is_int, sizes)):
-        raise ValueError(f"{name} must be a positive int or a pair (out, in) of ints, got {value!r}")
+        raise ValueError(f"{name} must be a positive int or a pair (out, in) of ints, got {value!r:.200}")
     if any(size < 1 and not (pair and size == -1) for size in sizes):
         raise ValueError(
             f"{name} must be a positive int or a pair of positive ints (-1 in a pair = the whole dimension), "
-            f"got {value!r}"
+            f"got {value!r:.200}"
         )
     return (sizes[0], sizes[-1]) if pair else value
 
 
 def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) -> int:
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r:.200}")
     if block_size is not None:
         block_out, block_in = (block_size, block_size) if isinstance(block_size, int) else block_size
         if block_out > 0 and block_in > 0 and value > block_out * block_in:
@@ -121,24 +199,25 @@ def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) ->
     return value
 
 
-def _checked_pattern(name: str, value: Any) -> dict[str, Any]:
+def _checked_pattern(name: str, value: Any, regex: bool) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a dict with module names as keys, got {value!r}")
-    for key in value:
+        raise ValueError(f"{name} must be a dict with module names as keys, got {value!r:.200}")
+    for key in value if regex else ():
         _check_regex(name, key)
     return value
 
 
-def _checked_names(name: str, value: Any) -> list[str] | str | None:
+def _checked_names(name: str, value: Any, regex: bool) -> list[str] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        _check_regex(name, value)
+        if regex:
+            _check_regex(name, value)
         return value
     # A set's own order changes from run to run.
     names = sorted(value, key=str) if isinstance(value, set | frozenset) else value
     if not isinstance(names, list | tuple) or not all(isinstance(item, str) for item in names):
-        raise ValueError(f"{name} must be None, a list of module names or a string, got {value!r}")
+        raise ValueError(f"{name} must be None, a list of module names or a string, got {value!r:.200}")
     return list(names)
 
 
@@ -146,15 +225,15 @@ def _checked_indices(value: Any) -> list[int] | int | None:
     indices = list(value) if isinstance(value, list | tuple | range) else value
     listed = indices if isinstance(indices, list) else [indices]
     if indices is not None and not all(_is_int(index) and index >= 0 for index in listed):
-        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {value!r}")
+        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {value!r:.200}")
     return indices
 
 
 def _check_regex(name: str, value: str) -> None:
     try:
         re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}: {value!r} is no valid regular expression ({error})") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}: {value!r:.200} is no valid regular expression ({error})") from None
 
 
 def _is_int(value: Any) -> bool:

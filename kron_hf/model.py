@@ -15,7 +15,7 @@ from kron_hf.reading import clean_errors, read_config
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 
-__all__ = ["get_kron_model", "model_class_for"]
+__all__ = ["get_kron_model", "init_method", "model_class_for"]
 
 
 CHOICES = """\
@@ -90,7 +90,7 @@ def get_kron_model(
 
 def _convert(model: ModelT, config: KronConfig) -> ModelT:
     targets = find_targets(model, config)
-    layers = make_layers(targets, _init_method(model, config, targets))
+    layers = make_layers(targets, init_method(model, config, targets))
     replace_modules(model, layers)
     for part in pretrained_parts(model).values():
         if any(isinstance(module, KronLinear) for module in part.modules()):
@@ -98,7 +98,12 @@ def _convert(model: ModelT, config: KronConfig) -> ModelT:
     return model
 
 
-def _init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:
+def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:
+    """How the factors start: "random" or "nearest".
+
+    Raises:
+        ValueError: `config.init_weights` is missing, and the targets hold trained weights; or it is not possible.
+    """
     if config.init_weights == "calibrated":
         raise ValueError(
             "init_weights='calibrated' needs calibration data, which this version does not take yet; "

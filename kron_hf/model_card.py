@@ -12,7 +12,7 @@ from torch import nn
 from kron_hf.escaping import printable
 from kron_hf.summary import kron_summary
 
-__all__ = ["write_model_card"]
+__all__ = ["add_usage", "write_model_card"]
 
 MARKER = "<!-- written by kron_hf -->"
 
@@ -31,7 +31,8 @@ def write_model_card(
     Args:
         model: The model that was saved into `directory`.
         directory: Where the card goes; it must exist.
-        name: Repository or path that the loading line names; None is the name of the directory.
+        name: Repository or path that the loading line names; None is the name of the directory. Cards are published:
+            of a local path only the last part is told, here and in `dataset`.
         dataset: Data set that the metrics were measured on; needed with them.
         metrics: Figures of the model by name, such as `{"accuracy": 0.97}`.
         overwrite: Whether to replace a card that kron_hf did not write. Its own it always replaces.
@@ -52,13 +53,38 @@ def write_model_card(
     path = directory / "README.md"
     if path.exists() and not overwrite and MARKER not in path.read_text(encoding="utf-8"):
         raise FileExistsError(f"{path} exists and was not written by kron_hf; pass overwrite=True to replace it")
-    name = name or directory.resolve().name
+    name = _public(name or "") or directory.resolve().name
+    dataset = dataset and _public(dataset)
     data = _card_data(model, name, dataset, metrics or {})
     # YAML leaves characters as they are that turn the direction of writing.
     front = printable(data.to_yaml(), keep="\n")
     content = f"---\n{front}\n---\n\n{_body(model, name, dataset, metrics or {})}"
     ModelCard(content).save(path)
     return path
+
+
+def add_usage(path: str | Path, model: nn.Module, name: str) -> None:
+    """Adds the loading lines and the layers to a card that others wrote, such as Trainer's; does nothing twice.
+
+    Args:
+        path: The card.
+        model: The model that it describes.
+        name: Repository or path that the loading line names.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    if "import kron_hf" not in text:
+        parts = [
+            text.rstrip(),
+            "## How to load",
+            *_usage(model, _public(name)),
+            _fenced(str(kron_summary(model)), "text"),
+        ]
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _public(name: str) -> str:
+    return Path(name).name if name.startswith((".", "~")) or Path(name).is_absolute() else name
 
 
 def _card_data(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> ModelCardData:
@@ -79,26 +105,27 @@ def _card_data(model: nn.Module, name: str, dataset: str | None, metrics: Mappin
 
 
 def _body(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> str:
-    summary = kron_summary(model)
-    loader = _loader(model)
-    code = (
-        f"import kron_hf  # teaches from_pretrained to build the Kronecker layers\nfrom transformers import {loader}\n"
-    )
-    parts = [
-        MARKER,
-        f"# {escape_markdown(name)}",
-        "A transformers model whose projections are [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
-        "`kron_hf`: `W = sum_i (S * A_i) (x) B_i`. It needs that package to load:",
-        _fenced(f"{code}\nmodel = {loader}.from_pretrained({name!r})\n", "python"),
-    ]
+    parts = [MARKER, f"# {escape_markdown(name)}", *_usage(model, name)]
     if metrics:
         rows = [f"| {escape_markdown(key)} | {value:.4f} |" for key, value in metrics.items()]
         parts.append(f"Measured on {escape_markdown(dataset or '')}:")
         parts.append("\n".join(["| metric | value |", "|---|---|", *rows]))
-    parts.append(_fenced(str(summary), "text"))
+    parts.append(_fenced(str(kron_summary(model)), "text"))
     versions = f"torch {torch.__version__.partition('+')[0]}"
     parts.append(f"A zero of S makes a whole block of W exactly zero. Counted from the saved tensors with {versions}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _usage(model: nn.Module, name: str) -> list[str]:
+    loader = _loader(model)
+    code = (
+        f"import kron_hf  # teaches from_pretrained to build the Kronecker layers\nfrom transformers import {loader}\n"
+    )
+    return [
+        "A transformers model whose projections are [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
+        "`kron_hf`: `W = sum_i (S * A_i) (x) B_i`. It needs that package to load:",
+        _fenced(f"{code}\nmodel = {loader}.from_pretrained({name!r})\n", "python"),
+    ]
 
 
 def _loader(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
 from kron_hf.escaping import printable
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
-from kron_hf.targets import Target, pretrained_parts
+from kron_hf.targets import Target, pretrained_parts, refuse_adapters
 
 EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: rounding in float32
 
@@ -57,12 +57,17 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def to_dense(model: nn.Module) -> nn.Module:
     """Turns every Kronecker layer back into `nn.Linear`, in place, and returns the model.
 
-    What the model then saves loads in plain transformers, without kron_hf.
+    What the model then saves loads in plain transformers, without kron_hf. For a `PeftModel` call its
+    `merge_and_unload()`.
+
+    Raises:
+        ValueError: The model is a single layer or carries PEFT adapters.
     """
     if isinstance(model, KronLinear):
         raise ValueError(
             "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
         )
+    refuse_adapters(model)
     # A layer that the model holds under two names stays one layer.
     names = {
         name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, KronLinear)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,8 +18,9 @@ from kron_hf.config import BlockSize, KronConfig
 from kron_hf.escaping import printable
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear, resolve_block_size
+from kron_hf.module_map import localize_names
 
-__all__ = ["Target", "find_targets", "pretrained_parts"]
+__all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refuse_adapters"]
 
 # Last name of an attention or MLP projection in transformers' encoders (4.x and 5.x names).
 PROJECTIONS = {
@@ -44,13 +45,16 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
-    """Resolves a config against a model.
+    """Resolves a config against a model; `config.modules`, if given, by literal names alone.
 
     Raises:
-        ValueError: Nothing matches (the error lists what could), a module named explicitly cannot be replaced, or
-            the model is converted or quantized already.
+        ValueError: Nothing matches (the error lists what could), a module named explicitly cannot be replaced, the
+            model is converted or quantized already, or the config holds patterns from a file.
     """
     _check_model(model)
+    config.refuse_stored_patterns()
+    if config.modules is not None:
+        return _stored_targets(model, config)
     named = config.target_modules is not None and config.target_modules != "all-linear"
     matches, owners = _matcher(model, config, named), _weight_owners(model)
     targets: list[Target] = []
@@ -75,6 +79,12 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
     return targets
 
 
+def _stored_targets(model: nn.Module, config: KronConfig) -> list[Target]:
+    entries, owners = localize_names(model, config.modules or {}), _weight_owners(model)
+    local = replace(config, modules=entries)
+    return [_resolve(model, name, model.get_submodule(name), local, owners) for name in entries]
+
+
 def pretrained_parts(model: nn.Module) -> dict[str, PreTrainedModel]:
     """The outermost transformers models in a model, by their names in it; "" if it is one itself."""
     parts: dict[str, PreTrainedModel] = {}
@@ -88,7 +98,18 @@ def _is_inside(name: str, outer: str) -> bool:
     return not outer or name.startswith(f"{outer}.")
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises a ValueError if a model carries PEFT adapters."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(
+            f"the model carries PEFT adapters (first: {adapted[0]}); merge them first, "
+            "model = peft_model.merge_and_unload(), or load the base model again"
+        )
+
+
 def _check_model(model: nn.Module) -> None:
+    refuse_adapters(model)
     converted = [name for name, module in model.named_modules() if isinstance(module, KronLinear)]
     if converted:
         raise ValueError(
@@ -116,12 +137,24 @@ def _quant_method(module: nn.Module) -> str | None:
 
 
 def _matcher(model: nn.Module, config: KronConfig, named: bool) -> Callable[[str], bool]:
-    kept = replace(config, target_modules=".*", layers_to_transform=None, layers_pattern=None)
+    # PEFT would run the names in modules_to_save as regular expressions.
+    saved, config = names_to_save(model, config), replace(config, modules_to_save=None)
+    all_of_them = replace(config, target_modules=".*", layers_to_transform=None, layers_pattern=None)
+
+    def kept(name: str) -> bool:
+        return bool(check_target_module_exists(all_of_them, name)) and not any(_is_inside(f"{name}.", s) for s in saved)
+
     if named:
         chosen = replace(config, exclude_modules=None)
-        return lambda name: _is_chosen(chosen, name) and bool(check_target_module_exists(kept, name))
+        return lambda name: _is_chosen(chosen, name) and kept(name)
     candidates = set(_default_names(model) if config.target_modules is None else _all_linear_names(model))
-    return lambda name: name in candidates and bool(check_target_module_exists(kept, name))
+    return lambda name: name in candidates and kept(name)
+
+
+def names_to_save(model: nn.Module, config: KronConfig) -> list[str]:
+    """Full names of the modules that `config.modules_to_save` means: those it names, or whose name ends so."""
+    entries = config.modules_to_save or []
+    return [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{entry}") for entry in entries)]
 
 
 def _is_chosen(config: KronConfig, name: str) -> bool:
@@ -195,14 +228,19 @@ def _resolve(
     others = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if others:
         raise ValueError(f"{name}: its weight is tied to {', '.join(others)}, so it cannot be replaced alone")
-    size: BlockSize = config.block_size_pattern.get(
-        get_pattern_key(list(config.block_size_pattern), name), config.block_size
-    )
+    size, rank = _size_of(name, config)
     block_size = resolve_block_size(size, module.out_features, module.in_features, name)
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
     if rank > block_size[0] * block_size[1]:
         raise ValueError(f"{name}: rank must be at most bo * bi = {block_size[0] * block_size[1]}, got {rank}")
     return Target(name, module, block_size, rank)
+
+
+def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
+    if config.modules is not None:
+        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
+        return (block_out, block_in), rank
+    size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
+    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
 
 
 def _is_read_directly(model: nn.Module, name: str) -> bool:

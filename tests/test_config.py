@@ -1,10 +1,10 @@
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_config
 
 from kron_hf import KronConfig
 
@@ -13,13 +13,14 @@ def test_defaults_are_the_documented_ones():
     config = KronConfig()
     assert (config.block_size, config.rank) == (16, 4)
     assert (config.target_modules, config.exclude_modules, config.init_weights) == (None, None, None)
-    assert config.peft_type == "KRON"
+    assert (config.modules_to_save, config.modules, config.format_version) == (None, None, 1)
+    assert config.peft_type is PeftType.KRON
 
 
 def test_every_own_field_has_help():
     inherited = {item.name for item in fields(PeftConfig)}
     own = [item for item in fields(KronConfig) if item.name not in inherited]
-    assert len(own) == 9
+    assert len(own) == 12
     assert all(item.metadata.get("help") for item in own)
 
 
@@ -77,6 +78,20 @@ def test_rank_beside_an_open_block_is_left_to_the_layer():
         ("init_weights", True, "init_weights must be one of .* got True"),
         ("layers_pattern", "layers", "layers_pattern needs layers_to_transform"),
         ("task_type", "PAINTING", "Invalid task type: 'PAINTING'"),
+        ("peft_type", "LORA", "KronConfig needs peft_type 'KRON', got 'LORA'"),
+        ("target_modules", "(" * 10**4 + ")" * 10**4, "target_modules: .* is no valid regular expression"),
+        ("target_modules", "a{99999999999}", "target_modules: .* is no valid regular expression"),
+        ("modules_to_save", "classifier", "modules_to_save must be None or a list of names, got 'classifier'"),
+        ("modules_to_save", ["classifier", 3], "modules_to_save must be None"),
+        ("modules", ["fc1"], r"modules must be None or a non-empty dict, got \['fc1'\]"),
+        ("modules", {"fc1": {"block_size": [4, 0], "rank": 1}}, r"modules\['fc1'\] must be"),
+        ("format_version", 2, "has format_version 2, this kron_hf reads up to 1; upgrade kron_hf"),
+        ("format_version", 0, "format_version must be an int of at least 1, got 0"),
+        ("format_version", "1", "format_version must be an int of at least 1, got '1'"),
+        ("inference_mode", "yes", "inference_mode must be a bool, got 'yes'"),
+        ("revision", 3, "revision must be None or a string, got 3"),
+        ("base_model_name_or_path", ["a"], "base_model_name_or_path must be None or a string"),
+        ("auto_mapping", "transformers", "auto_mapping must be None or a dict"),
     ],
 )
 def test_bad_field(field, value, message):
@@ -103,6 +118,31 @@ def test_collections_become_lists():
     assert config.layers_to_transform == [0, 1]
 
 
+RESOLVED = KronConfig(
+    block_size=(4, 16),
+    modules={"vit.layers.0.mlp.fc1": {"block_size": (4, 16), "rank": 2}, "fc": {"block_size": [2, 2], "rank": 1}},
+    modules_to_save=["classifier"],
+    task_type="SEQ_CLS",
+)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"target_modules": ["fc1"]},
+        {"target_modules": "all-linear"},
+        {"exclude_modules": ["fc1"]},
+        {"block_size_pattern": {"fc1": 4}},
+        {"rank_pattern": {"fc1": 4}},
+        {"target_modules": ["fc1"], "layers_to_transform": 0},
+    ],
+    ids=lambda value: list(value)[-1],
+)
+def test_resolved_modules_exclude_every_other_selection(selection):
+    with pytest.raises(ValueError, match="modules already says which modules to replace; it excludes"):
+        replace(RESOLVED, **selection)
+
+
 FULL = KronConfig(
     block_size=(4, 16),
     rank=3,
@@ -118,7 +158,7 @@ FULL = KronConfig(
 )
 
 
-@pytest.mark.parametrize("config", [KronConfig(), FULL], ids=["defaults", "full"])
+@pytest.mark.parametrize("config", [KronConfig(), FULL, RESOLVED], ids=["defaults", "full", "resolved"])
 def test_json_round_trip_is_exact(config, tmp_path):
     config.save_pretrained(str(tmp_path))
     loaded = KronConfig.from_pretrained(str(tmp_path))
@@ -162,6 +202,27 @@ def test_unknown_keys_are_refused_by_name(tmp_path):
         KronConfig.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("reader", [KronConfig, PeftConfig], ids=lambda reader: reader.__name__)
+def test_an_unknown_key_or_version_is_no_warning_under_any_reader(tmp_path, reader):
+    KronConfig().save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    for change, message in [
+        ({"blocksize": 8}, r"keys that this kron_hf does not know: \['blocksize'\]"),
+        ({"format_version": 2, "blocksize": 8}, "format_version 2, this kron_hf reads up to 1; upgrade kron_hf"),
+    ]:
+        file.write_text(json.dumps({**stored, **change}))
+        with pytest.raises(ValueError, match=message):
+            reader.from_pretrained(str(tmp_path))
+        with pytest.raises(ValueError, match=message):
+            get_peft_config({**stored, **change})
+
+
+def test_an_unknown_argument_in_code_is_an_ordinary_type_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'blocksize'"):
+        KronConfig(blocksize=8)
+
+
 @pytest.mark.parametrize(("key", "value"), [("rank", 0), ("block_size", [4, 0]), ("block_size", "16")])
 def test_a_stored_config_is_checked_as_well(tmp_path, key, value):
     KronConfig().save_pretrained(str(tmp_path))
@@ -169,3 +230,45 @@ def test_a_stored_config_is_checked_as_well(tmp_path, key, value):
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(ValueError, match=f"^{key} must be"):
         KronConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("reader", [KronConfig, PeftConfig], ids=lambda reader: reader.__name__)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"target_modules": "(a+)+$"},
+        {"exclude_modules": "(a+)+$"},
+        {"block_size_pattern": {"(a+)+$": 4}},
+        {"rank_pattern": {"(a+)+$": 2}},
+        {"target_modules": ["fc1"], "layers_to_transform": [0], "layers_pattern": ["(a+)+$"]},
+    ],
+    ids=lambda value: list(value)[-1],
+)
+def test_a_pattern_from_a_file_is_read_but_refused_before_it_would_run(tmp_path, reader, pattern):
+    config = KronConfig(**pattern)
+    config.refuse_stored_patterns()
+    config.save_pretrained(str(tmp_path))
+    loaded = reader.from_pretrained(str(tmp_path))
+    assert loaded == config
+    with pytest.raises(ValueError, match=rf"read from a file and has patterns \({list(pattern)[-1]}\)"):
+        loaded.refuse_stored_patterns()
+
+
+def test_a_pattern_from_a_file_is_not_even_compiled(tmp_path):
+    KronConfig().save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    bomb = "(" * 10**5
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": bomb, "rank_pattern": {bomb: 2}}))
+    loaded = KronConfig.from_pretrained(str(tmp_path))
+    assert loaded.target_modules == bomb
+    with pytest.raises(ValueError, match=r"has patterns \(target_modules, rank_pattern\)") as caught:
+        loaded.refuse_stored_patterns()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "config", [KronConfig(), KronConfig(target_modules=["fc1"]), KronConfig(target_modules="all-linear"), RESOLVED]
+)
+def test_a_stored_config_without_patterns_may_be_used(tmp_path, config):
+    config.save_pretrained(str(tmp_path))
+    KronConfig.from_pretrained(str(tmp_path)).refuse_stored_patterns()

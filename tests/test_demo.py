@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from kron_hf import KronLinear, kron_summary
+from kron_hf.data.idx import read_idx
 from kron_hf.demo.evaluation import evaluate_in_fresh_process
-from kron_hf.demo.images import load_image_data, read_idx
+from kron_hf.demo.images import load_image_data
 from kron_hf.demo.report import draw_masks
 from kron_hf.demo.run import check_output_dir, run_demo
 from kron_hf.demo.training import Recipe, build_model

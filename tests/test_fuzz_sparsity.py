@@ -49,8 +49,8 @@ def test_other_values_than_dicts():
     [
         ({"initial_dead": "AQ=="}, "initial_dead must be a list"),
         ({"initial_dead": [1, None]}, "initial_dead must be a list"),
-        ({"initial_dead": ["A", None]}, r"initial_dead\[0\] is not base64"),
-        ({"initial_dead": ["é===", None]}, r"initial_dead\[0\] is not base64"),
+        ({"initial_dead": ["A", None]}, r"a mask in initial_dead is not base64"),
+        ({"initial_dead": ["é===", None]}, r"a mask in initial_dead is not base64"),
         ({"initial_dead": ["AQ==", None]}, "a mask of 1 bytes for a layer of 16 blocks"),
         ({"initial_dead": [None]}, "of 1 Kronecker layers, this model has 2"),
         ({"step_count": -1}, "step_count must be a count"),

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, KronLinear, get_kron_model
-from kron_hf.model_card import escape_markdown, write_model_card
+from kron_hf.model_card import add_usage, escape_markdown, write_model_card
 
 
 @pytest.fixture
@@ -31,9 +31,10 @@ def test_card_has_import_line_metrics_and_metadata(model, tmp_path):
     assert "vit.layers.0.mlp.fc1" in card.text
 
 
-def test_snippet_of_the_card_runs(model, tmp_path):
+def test_snippet_of_the_card_runs(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
-    text = write_model_card(model, tmp_path, name=str(tmp_path)).read_text()
+    text = write_model_card(model, tmp_path).read_text()
+    monkeypatch.chdir(tmp_path.parent)
     names: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], names)
     torch.testing.assert_close(names["model"].state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -63,6 +64,29 @@ def test_names_cannot_break_out(model, tmp_path, name):
     code = body.split(f"{fence}python\n")[1].split(f"\n{fence}\n")[0]
     assert compile(code, "card", "exec")
     assert repr(name) in code
+
+
+@pytest.mark.parametrize("place", ["{}/model", "~/model", "./model", "../model"])
+def test_of_a_local_path_only_the_last_part_is_told(model, tmp_path, place):
+    local = place.format(tmp_path)
+    text = write_model_card(model, tmp_path, name=local, dataset=local, metrics={"accuracy": 1.0}).read_text()
+    assert str(tmp_path) not in text
+    assert local not in text
+    assert "from_pretrained('model')" in text
+    assert "Measured on model:" in text
+
+
+def test_usage_is_added_once_to_a_card_of_others(model, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\nmine\n")
+    add_usage(card, model, f"{tmp_path}/model")
+    once = card.read_text()
+    assert once.startswith("---\nlicense: mit\n---\n\nmine\n")
+    assert "\nimport kron_hf" in once
+    assert "vit.layers.0.mlp.fc1" in once
+    assert str(tmp_path) not in once
+    add_usage(card, model, "other")
+    assert card.read_text() == once
 
 
 def test_markdown_is_escaped():

@@ -14,18 +14,35 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
+TORCH_ONLY = (
+    *("cache", "factors", "sharding", "ops", "layers", "pruning", "masks", "param_groups"),
+    *("optimizer_state", "proximal", "target_ramp", "sparsity_options", "sparsity"),
+)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics", "escaping"},
-    {"ops", "claims"},
-    {"layers", "reading"},
-    {"pruning", "param_groups", "checkpoint_files", "targets"},
+    {
+        "factors",
+        "metrics",
+        "escaping",
+        "peft_type",
+        "cache",
+        "data",
+        "last_checkpoint",
+        "whole_files",
+        "hidden_token",
+        "sharding",
+    },
+    {"module_map", "claims", "ops"},
+    {"config", "layers", "reading"},
+    {"pruning", "param_groups", "checkpoint_files", "targets", "optimizer_state", "masks"},
     {"checkpoint"},
+    {"sparsity_options", "proximal"},
+    {"target_ramp"},
     {"sparsity", "surgery"},
-    {"callbacks", "model", "summary"},
-    {"trainer", "model_card"},
-    {"demo"},
+    {"callbacks", "model", "summary", "safe_saving"},
+    {"model_card", "peft_tuner"},
+    {"trainer", "hub"},
+    {"demo", "train"},
     {"cli", "__main__", "__init__"},
 ]
 

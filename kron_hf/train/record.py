@@ -1,0 +1,104 @@
+"""Remembers in the output directory what is trained there, so that the same command goes on and no other does."""
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from kron_hf.train.parser import Options
+from kron_hf.whole_files import discard, remove_leftovers
+
+__all__ = ["RunRecord", "prepare_output_dir"]
+
+FILE = "_kron_train.json"  # Trainer pushes nothing that begins with an underscore
+# What changes the trained model; anything else may differ when a run goes on.
+TRAINING = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("bf16", "fp16", "seed", "data_seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", FILE)
+
+
+class RunRecord:
+    """The settings of the run in an output directory and, once it is finished, its figures."""
+
+    def __init__(self, output_dir: Path, settings: dict[str, Any], results: dict[str, float] | None = None) -> None:
+        self.path, self.settings, self.results = output_dir / FILE, settings, results
+
+    def finish(self, results: dict[str, float]) -> None:
+        """Marks the run as finished."""
+        self.results = results
+        self.write()
+
+    def write(self) -> None:
+        """Writes the record, whole or not at all."""
+        content = {"settings": self.settings, "results": self.results}
+        partial = self.path.with_name(f"{FILE}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def prepare_output_dir(options: Options, *, is_main: bool) -> RunRecord:
+    """Checks that the output directory is empty or holds this very run, and marks it.
+
+    Args:
+        options: All options; `--overwrite` removes an earlier run.
+        is_main: Whether this process may write.
+
+    Raises:
+        FileExistsError: The directory is a file, or holds something else.
+        ValueError: It holds a run with other settings.
+    """
+    output_dir = Path(options.training.output_dir or ".")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"the output directory {output_dir} is a file")
+    file, settings = output_dir / FILE, _settings(options)
+    known = file.is_file()
+    if not known and output_dir.is_dir() and any(not path.name.startswith(FILE) for path in output_dir.iterdir()):
+        raise FileExistsError(
+            f"the output directory {output_dir} is not empty and was not written by kron-hf train; name another one"
+        )
+    if known and options.run.overwrite and is_main:
+        _remove_run(output_dir)
+        known = False
+    if known and not options.run.overwrite:
+        return _earlier_run(output_dir, settings)
+    record = RunRecord(output_dir, settings)
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        record.write()
+    return record
+
+
+def _earlier_run(output_dir: Path, settings: dict[str, Any]) -> RunRecord:
+    content = json.loads((output_dir / FILE).read_text(encoding="utf-8"))
+    before = content["settings"]
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        shown = [f"--{name.replace('_', '-')} {before.get(name)!r}, now {settings[name]!r}" for name in changed[:5]]
+        raise ValueError(
+            f"{output_dir} holds a run with other settings ({'; '.join(shown)}); repeat that command to go on with it, "
+            "pass --overwrite to start anew, or name another --output-dir"
+        )
+    return RunRecord(output_dir, before, content["results"])
+
+
+def _remove_run(output_dir: Path) -> None:
+    for path in output_dir.glob("checkpoint-*"):
+        if path.is_dir():
+            discard(path)
+    remove_leftovers(output_dir)
+    # The record last: without it the rest would be a stranger's.
+    for name in MODEL_FILES:
+        (output_dir / name).unlink(missing_ok=True)
+    for path in output_dir.glob("model-*-of-*.safetensors"):
+        path.unlink()
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    training = {name: getattr(options.training, name) for name in TRAINING}
+    every = {**asdict(options.model), **asdict(options.data), **asdict(options.kron), **training}
+    return json.loads(json.dumps(every, default=lambda value: value.value if isinstance(value, Enum) else str(value)))

@@ -1,0 +1,180 @@
+"""`kron-hf train` from its options to the saved model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from kron_hf.data.examples import Examples
+from kron_hf.data.sources import load_splits
+from kron_hf.data.splits import ImageSplits
+from kron_hf.last_checkpoint import last_checkpoint
+from kron_hf.pruning import model_sparsity
+from kron_hf.summary import kron_summary
+from kron_hf.train.arguments import METRIC, CommandArguments
+from kron_hf.train.metric import load_metric
+from kron_hf.train.model import build_image_processor, build_model, model_channels
+from kron_hf.train.parser import Options, parse_options
+from kron_hf.train.record import prepare_output_dir
+from kron_hf.train.trainer import CommandTrainer, EpochCallback
+
+__all__ = ["run_train"]
+
+NO_FIGURES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "sparsity")
+
+
+def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) -> dict[str, float]:
+    """Trains what the command line says, or goes on with it, and saves the model with its image processor and card.
+
+    Args:
+        arguments: The command line after `kron-hf train`.
+        write: Takes each piece of the report, on the first process alone.
+
+    Returns:
+        The final figures: `validation_*` of the model that is kept and, if there are test images, `test_*`.
+
+    Raises:
+        OSError: Something cannot be found, read or written.
+        ValueError: Options do not fit each other, the model or the data.
+    """
+    options = parse_options(arguments)
+    training = options.training
+    is_main = training.process_index == 0
+    tell: Callable[[str], Any] = write if is_main else lambda text: None
+    if not training.do_train:
+        trainer, splits = _set_up(options, tell)
+        results = _measure(trainer, splits, training)
+        tell(_shown(results))
+        return results
+    with training.main_process_first(local=False, desc="output directory"):
+        record = prepare_output_dir(options, is_main=is_main)
+    if record.results is not None:
+        tell(f"{training.output_dir} holds this run, finished: {_shown(record.results)}. --overwrite starts it anew.")
+        return record.results
+    checkpoint = _checkpoint(training)
+    trainer, splits = _set_up(options, tell)
+    if checkpoint is not None:
+        tell(f"Going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    results = _measure(trainer, splits, training)
+    _save(trainer, splits, results)
+    if is_main:
+        record.finish(results)
+    tell(f"\n{kron_summary(trainer.accelerator.unwrap_model(trainer.model))}\n\n{_shown(results)}")
+    tell(f"The model, its image processor and its card are in {training.output_dir}")
+    return results
+
+
+def _set_up(options: Options, tell: Callable[[str], Any]) -> tuple[CommandTrainer, ImageSplits]:
+    with options.training.main_process_first(local=False, desc="data set"):
+        splits = _load_data(options)
+    for note in splits.notes:
+        tell(f"{splits.name}: {note}")
+    trainer = _build_trainer(options, splits)
+    tell(_introduction(splits, trainer))
+    return trainer, splits
+
+
+def _checkpoint(training: CommandArguments) -> str | None:
+    if training.resume_from_checkpoint is not None:
+        return training.resume_from_checkpoint
+    output_dir = Path(training.output_dir or ".")
+    found = last_checkpoint(output_dir)
+    if found is None and training.save_only_model and any(output_dir.glob("checkpoint-*")):
+        raise ValueError(
+            f"{output_dir} holds checkpoints without the optimizer (--save-only-model), from which no training goes "
+            "on; pass --overwrite to start anew"
+        )
+    return found
+
+
+def _load_data(options: Options) -> ImageSplits:
+    data = options.data
+    return load_splits(
+        data.dataset,
+        config_name=data.dataset_config,
+        revision=data.dataset_revision,
+        token=options.training.hub_token,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        test_split=data.test_split,
+        validation_fraction=data.validation_fraction,
+    )
+
+
+def _build_trainer(options: Options, splits: ImageSplits) -> CommandTrainer:
+    training, kron = options.training, options.kron
+    metric_name, compute_metrics = load_metric(options.data.metric, options.data.metric_options)
+    if training.metric_for_best_model == METRIC:
+        training.metric_for_best_model = metric_name
+    set_seed(training.seed)
+    model = build_model(options.model, kron, splits.label_names, token=training.hub_token)
+    processor = build_image_processor(options.model, model.config, token=training.hub_token)
+    channels = model_channels(model.config)
+    train = Examples(splits.train, processor, channels, flip=options.data.horizontal_flip, seed=training.seed)
+    penalty = {} if kron.l1 is None else {"l1": kron.l1}
+    return CommandTrainer(
+        model,
+        training,
+        train_dataset=train,
+        eval_dataset=Examples(splits.validation, processor, channels),
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+        callbacks=[EpochCallback(train)],
+        factor_lr=kron.factor_lr,
+        mask_lr=kron.mask_lr,
+        target_sparsity=kron.target_sparsity,
+        sparsity_options=kron.sparsity() or None,
+        **penalty,
+    )
+
+
+def _introduction(splits: ImageSplits, trainer: CommandTrainer) -> str:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    summary = kron_summary(model)
+    test = "" if splits.test is None else f", {len(splits.test)} to test"
+    return (
+        f"{splits.name}: {len(splits.train)} images of {len(splits.label_names)} classes to train, "
+        f"{len(splits.validation)} to validate{test}.\n"
+        f"{type(model).__name__}: {summary.trained_params:,} parameters to train, dense {summary.dense_params:,}"
+    )
+
+
+def _measure(trainer: CommandTrainer, splits: ImageSplits, training: CommandArguments) -> dict[str, float]:
+    """The figures of the model that is kept; the test images are read here and nowhere else."""
+    validation = trainer.evaluate()
+    results = {f"validation_{name}": value for name, value in _figures(validation, "eval").items()}
+    if splits.test is not None and training.do_predict:
+        like: Any = trainer.eval_dataset
+        examples = Examples(splits.test, like.processor, like.channels)
+        figures = _figures(trainer.evaluate(examples, metric_key_prefix="test"), "test")
+        results |= {f"test_{name}": value for name, value in figures.items()}
+    return results | {"sparsity": model_sparsity(trainer.accelerator.unwrap_model(trainer.model))}
+
+
+def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    short = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+    return {name: value for name, value in short.items() if name not in NO_FIGURES}
+
+
+def _save(trainer: CommandTrainer, splits: ImageSplits, results: dict[str, float]) -> None:
+    shown = "test" if "test_loss" in results else "validation"
+    trainer.card_dataset = f"{splits.name} ({shown} images)"
+    trainer.card_metrics = {
+        name.removeprefix(f"{shown}_"): value
+        for name, value in results.items()
+        if name.startswith(f"{shown}_") or name == "sparsity"
+    }
+    trainer.save_metrics("all", results, combined=False)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()  # saves and writes the card first
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+
+
+def _shown(results: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.items())

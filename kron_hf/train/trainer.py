@@ -1,0 +1,55 @@
+"""The trainer of `kron-hf train`."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kron_hf.callbacks import SparsityCallback
+from kron_hf.data.examples import Examples
+from kron_hf.model_card import write_model_card
+from kron_hf.trainer import KronTrainer
+
+__all__ = ["CommandTrainer", "EpochCallback"]
+
+
+class CommandTrainer(KronTrainer):
+    """`KronTrainer` that takes no unfinished mask for the best model and writes our card.
+
+    One private method of transformers' Trainer is overridden: `_determine_best_metric`.
+    """
+
+    card_dataset: str | None = None
+    card_metrics: dict[str, float] | None = None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compares only models whose masks are frozen: before that the model is denser than was asked for."""
+        callbacks = [item for item in self.callback_handler.callbacks if isinstance(item, SparsityCallback)]
+        if any(item.sparsifier is not None and not item.sparsifier.frozen for item in callbacks):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of `kron_hf` with the final figures, where Trainer would write its own."""
+        if self.is_world_process_zero():
+            name = (self.args.hub_model_id or "").split("/")[-1] or None
+            write_model_card(
+                self.accelerator.unwrap_model(self.model),
+                self.args.output_dir or ".",
+                name=self.args.hub_model_id or name,
+                dataset=self.card_dataset,
+                metrics=self.card_metrics,
+                overwrite=True,
+            )
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the examples which pass over them begins, also when a training is resumed within it."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the epoch."""
+        self.examples.set_epoch(int(state.epoch or 0))
