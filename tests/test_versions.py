@@ -81,7 +81,7 @@ def test_supported(found, name, version):
         ("torch", "2.12.1+cpu"),
         ("peft", "0.20.0"),
         ("accelerate", "1.11.0"),
-        ("huggingface_hub", "1.33.0"),
+        ("huggingface_hub", "2.1.1"),
         ("safetensors", "0.7.0"),
         ("torch", None),
         ("torch", "built on Monday"),
