@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.data.examples import Examples
@@ -31,11 +37,13 @@ class CommandTrainer(KronTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of `kron_hf` with the final figures, where Trainer would write its own."""
         if self.is_world_process_zero():
-            name = (self.args.hub_model_id or "").split("/")[-1] or None
+            output_dir, model = self.args.output_dir or ".", self.accelerator.unwrap_model(self.model)
+            if self.is_fsdp_enabled:  # counting sharded tensors takes all processes, and only this one is here
+                model = AutoModelForImageClassification.from_pretrained(output_dir)
             write_model_card(
-                self.accelerator.unwrap_model(self.model),
-                self.args.output_dir or ".",
-                name=self.args.hub_model_id or name,
+                model,
+                output_dir,
+                name=self.args.hub_model_id,
                 dataset=self.card_dataset,
                 metrics=self.card_metrics,
                 overwrite=True,
