@@ -235,14 +235,6 @@ def _resolve(
     return Target(name, module, block_size, rank)
 
 
-def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
-    if config.modules is not None:
-        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
-        return (block_out, block_in), rank
-    size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
-    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
-
-
 def _is_read_directly(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), READS_WEIGHTS)
 
@@ -253,6 +245,14 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     return owners
+
+
+def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
+    if config.modules is not None:
+        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
+        return (block_out, block_in), rank
+    size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
+    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
 
 
 def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:

@@ -31,6 +31,7 @@ ORDER = [
         "whole_files",
         "hidden_token",
         "sharding",
+        "versions",
     },
     {"module_map", "claims", "ops"},
     {"config", "layers", "reading"},

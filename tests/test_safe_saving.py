@@ -31,8 +31,8 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def trainer_in(folder, cls=KronTrainer, seed=0, **options):
-    evaluated = {"eval_dataset": Images(8)} if "eval_strategy" in options else {}
+def trainer_in(folder, cls=KronTrainer, seed=0, metric=None, **options):
+    evaluated = {"eval_dataset": Images(8), "compute_metrics": metric} if "eval_strategy" in options else {}
     return cls(build(seed), arguments(folder, **options), train_dataset=Images(), **evaluated)
 
 
@@ -83,12 +83,14 @@ def test_checkpoints_are_those_of_the_stock_trainer(tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit):
+    scores = iter([1, 4, 3, 2])
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = trainer_in(tmp_path, save_total_limit=limit, learning_rate=1.0, **options)
+    options |= {"metric_for_best_model": "score", "save_total_limit": limit}
+    trainer = trainer_in(tmp_path, metric=lambda prediction: {"score": next(scores)}, **options)
     trainer.train()
-    best = Path(trainer.state.best_model_checkpoint).name
-    assert best != "checkpoint-8"
-    assert names(tmp_path) == sorted({best} if limit == 1 else {best, "checkpoint-8"})
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert names(tmp_path) == (["checkpoint-4"] if limit == 1 else ["checkpoint-4", "checkpoint-8"])
+    torch.testing.assert_close(trainer.model.state_dict(), trainer_weights(tmp_path / "checkpoint-4"), rtol=0, atol=0)
 
 
 def test_a_checkpoint_appears_only_when_it_is_complete(tmp_path, monkeypatch):
@@ -119,7 +121,7 @@ def test_resume_true_passes_over_a_broken_checkpoint_of_the_stock_trainer(tmp_pa
     whole = trainer_in(tmp_path, cls=Trainer)
     whole.train()
     (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
-    resumed = trainer_in(tmp_path, seed=1)
+    resumed = trainer_in(tmp_path, cls=SafeSaving, seed=1)
     resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(resumed.model.state_dict(), trainer_weights(tmp_path / "checkpoint-8"), rtol=0, atol=0)
 

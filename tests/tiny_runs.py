@@ -18,6 +18,7 @@ TINY_VIT = {
     "intermediate_size": 64,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
+    "initializer_range": 0.1,
 }
 OVERRIDES = ",".join(f"{key}={value}" for key, value in TINY_VIT.items())
 SIZES = ["--model-type", "vit", "--config-overrides", OVERRIDES]
@@ -54,6 +55,7 @@ def command(data, output_dir, *more, steps=100, every=5):
         *("--block-size", "4", "--rank", "2", "--target-sparsity", "0.5", "--sparsity-interval", "5"),
         *("--max-steps", str(steps), "--save-strategy", "steps", "--save-steps", str(every)),
         *("--logging-steps", str(every), "--per-device-train-batch-size", "8", "--horizontal-flip"),
+        *("--learning-rate", "0.003"),
         *("--use-cpu", "--disable-tqdm", "True", *map(str, more)),
     ]
 

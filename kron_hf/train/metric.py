@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
+from kron_hf.escaping import one_line
+
 __all__ = ["load_metric"]
 
 
@@ -30,7 +32,7 @@ def load_metric(name: str | None, options: str | None) -> tuple[str, Callable[[E
         # In memory: processes would have to share the files. Our own needs no copy in evaluate's cache either.
         metric = Accuracy(keep_in_memory=True) if name is None else evaluate.load(name, keep_in_memory=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error))
         raise OSError(f"--metric {name} could not be loaded: {reason}") from error
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
