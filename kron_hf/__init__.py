@@ -6,6 +6,9 @@ Importing this package also teaches `from_pretrained` to load models with Kronec
 
 from typing import TYPE_CHECKING, Any
 
+from kron_hf import versions  # noqa: F401  # raises before an unsupported library is imported
+
+# isort: split
 import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig

@@ -26,6 +26,7 @@ from kron_hf.checkpoint_files import check_dtypes, check_layers, check_places, c
 from kron_hf.claims import check_config, check_elements
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
+from kron_hf.module_map import checked_module_map
 
 __all__ = [
     "KronCheckpointConfig",
@@ -75,7 +76,7 @@ class KronCheckpointConfig(QuantizationConfigMixin):
             raise ValueError(f"config.json: quantization_config has unknown keys {shown(sorted(unknown))}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
         self.format_version = format_version
-        self.modules = _checked_modules(modules)
+        self.modules = checked_module_map(modules, "config.json: quantization_config.modules")
 
     @classmethod
     def of(cls, model: nn.Module) -> "KronCheckpointConfig":
@@ -233,20 +234,6 @@ def _own_config(model: PreTrainedModel) -> Any:
         if getattr(module, "config", None) is shared:
             module.config = own
     return own
-
-
-def _checked_modules(modules: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(modules, dict) or not modules:
-        raise ValueError(f"config.json: quantization_config.modules must be a non-empty dict, got {shown(modules)}")
-    for name, entry in modules.items():
-        sizes = entry.get("block_size") if isinstance(entry, dict) else None
-        numbers = [*sizes, entry.get("rank")] if isinstance(sizes, list | tuple) and len(sizes) == 2 else []
-        if not numbers or any(type(number) is not int or number < 1 for number in numbers) or len(entry) != 2:
-            raise ValueError(
-                f"config.json: quantization_config.modules[{shown(name)}] must be "
-                f'{{"block_size": [out, in], "rank": r}} with positive ints, got {shown(entry)}'
-            )
-    return {name: {"block_size": list(entry["block_size"]), "rank": entry["rank"]} for name, entry in modules.items()}
 
 
 def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -80,6 +80,8 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
+    from huggingface_hub import constants
+
     from kron_hf.escaping import one_line
     from kron_hf.model import model_class_for
     from kron_hf.reading import clean_errors, read_config
@@ -94,7 +96,7 @@ def _load(name: str) -> "PreTrainedModel":
     except OSError as error:
         if Path(name).is_dir():
             raise
-        reason = one_line(str(error))
+        reason = one_line(str(error)).replace(constants.HF_HUB_CACHE, "the cache")
         raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
     method = getattr(config, "quantization_config", None)
     if not isinstance(method, dict) or method.get("quant_method") != "kron":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal, Self
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from kron_hf.escaping import shown
 from kron_hf.module_map import ModuleMap, checked_module_map
@@ -85,6 +85,8 @@ class KronConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(f"Invalid task type: {shown(self.task_type)}; it must be None or one of {[*TaskType]}")
         super().__post_init__()
         # JSON gives a plain string, Python code nothing or the enum's member.
         self._from_file = type(self.peft_type) is str
@@ -196,7 +198,7 @@ def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) ->
     if block_size is not None:
         block_out, block_in = (block_size, block_size) if isinstance(block_size, int) else block_size
         if block_out > 0 and block_in > 0 and value > block_out * block_in:
-            raise ValueError(f"{name} must be at most bo * bi = {block_out * block_in}, got {value}")
+            raise ValueError(f"{name} must be at most bo * bi = {block_out * block_in}, got {shown(value)}")
     return value
 
 

@@ -117,7 +117,8 @@ class KronLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, **where))
         # No buffer: it comes and goes in training, and code that pairs buffers (weight averaging) must not see that.
         self.dead_blocks = None
-        self.reset_parameters()
+        if not self.s.is_meta:  # there it draws nothing, slowly
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from peft.utils.peft_types import PeftType
 
+from kron_hf.versions import REQUIRED
+
 __all__ = ["kron_peft_type"]
 
 NAME = "KRON"
-SUPPORTED = "peft >= 0.21.2"
 
 
 def kron_peft_type(enum: Any = PeftType) -> PeftType:
@@ -54,6 +55,6 @@ def _add_member(enum: Any) -> None:
 
 def _unsupported() -> str:
     return (
-        f"kron_hf supports {SUPPORTED}, this is peft {version('peft')}, whose PeftType does not take a new method; "
-        "install a supported version of peft or a newer kron_hf"
+        f"kron_hf supports peft{REQUIRED['peft']}, this is peft {version('peft')}, whose PeftType does not take a "
+        "new method; install a supported version of peft or a newer kron_hf"
     )

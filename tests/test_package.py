@@ -31,6 +31,8 @@ ORDER = [
         "whole_files",
         "hidden_token",
         "sharding",
+        "versions",
+        "weight_reads",
     },
     {"module_map", "claims", "ops"},
     {"config", "layers", "reading"},

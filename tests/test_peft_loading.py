@@ -10,7 +10,19 @@ import transformers as hf
 from families import outputs_of
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_peft import DOORS, INPUTS, PEFT_NOISE, adapted, config, dead_blocks, load_base, logits, prune, save_base
+from tiny_peft import (
+    DOORS,
+    INPUTS,
+    PEFT_NOISE,
+    adapted,
+    config,
+    dead_blocks,
+    load_base,
+    logits,
+    prune,
+    quiet_peft,
+    save_base,
+)
 
 from kron_hf import KronConfig, get_kron_model
 from kron_hf.pruning import kron_layers
@@ -27,7 +39,7 @@ def base(tmp_path_factory):
 def saved(base, tmp_path_factory):
     """An adapter with zeros in S and a head of its own: its folder, and what the model gave before saving."""
     folder = tmp_path_factory.mktemp("adapter")
-    with pytest.warns(FutureWarning):
+    with quiet_peft():
         model = adapted(base, modules_to_save=["classifier"])
     model.save_pretrained(folder)
     return folder, logits(model)

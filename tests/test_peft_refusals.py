@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
-from tiny_peft import INPUTS, PEFT_NOISE, adapted, config, load_base, logits, save_base
+from tiny_peft import INPUTS, PEFT_NOISE, adapted, add_adapter, config, load_base, logits, quiet_peft, save_base
 from transformers.integrations.peft import PeftAdapterMixin
 
 from kron_hf import get_kron_model, to_dense
@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    with pytest.warns(FutureWarning):
+    with quiet_peft():
         adapted(base, modules_to_save=["classifier"]).save_pretrained(folder)
     return folder
 
@@ -161,7 +161,7 @@ def check(model, adapter, call, message):
 
 @pytest.fixture(scope="module")
 def peft_model(base):
-    with pytest.warns(FutureWarning):
+    with quiet_peft():
         return adapted(base, modules_to_save=["classifier"])
 
 
@@ -182,9 +182,7 @@ def test_other_ways_to_more_adapters(peft_model, saved, name):
 
 @pytest.fixture(scope="module")
 def transformers_model(base):
-    model = load_base(base)
-    model.add_adapter(config(modules_to_save=["classifier"]))
-    return model
+    return add_adapter(load_base(base), modules_to_save=["classifier"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
