@@ -22,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kron_hf.cache import check_cached_files
-from kron_hf.checkpoint_files import check_dtypes, check_layers, check_unmapped, read_headers
+from kron_hf.checkpoint_files import check_dtypes, check_layers, check_places, check_unmapped, read_headers
 from kron_hf.claims import check_config, check_elements
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
@@ -112,11 +112,13 @@ class KronHfQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        check_cached_files(kwargs.get("checkpoint_files") or [])
+        files = kwargs.get("checkpoint_files")
+        if files is not None:
+            check_places(files, model.config.name_or_path)
+            check_cached_files(files)
         modules = _names_in(model, self.quantization_config.modules)
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
-        files = kwargs.get("checkpoint_files")
-        stored = {} if files is None else read_headers(files, model.config.name_or_path)
+        stored = {} if files is None else read_headers(files)
         if files is not None:
             check_unmapped(stored, modules.keys() | self.quantization_config.modules.keys())
             check_layers(stored, layers, {name: in_map for name, (in_map, _) in modules.items()}, files)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kron_hf.escaping import one_line, plain, shorten, shown
 from kron_hf.layers import KronLinear
 
-__all__ = ["StoredTensor", "check_dtypes", "check_layers", "check_unmapped", "read_headers"]
+__all__ = ["StoredTensor", "check_dtypes", "check_layers", "check_places", "check_unmapped", "read_headers"]
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -24,8 +24,8 @@ class StoredTensor(NamedTuple):
     dtype: str
 
 
-def read_headers(files: list[str], folder: str) -> dict[str, StoredTensor]:
-    """The tensors of all weight files by name.
+def check_places(files: list[str], folder: str) -> None:
+    """Looks at the names of the weight files alone.
 
     Args:
         files: The weight files.
@@ -33,16 +33,25 @@ def read_headers(files: list[str], folder: str) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: A file that the index names does not exist.
-        ValueError: A file is no safetensors file, lies elsewhere, or has a tensor with an unprintable name.
+        ValueError: A file is no safetensors file or lies elsewhere.
+    """
+    for path in files:
+        _check_place(path, folder)
+        if not path.endswith(".safetensors"):
+            raise ValueError(f"{_label(path)}: Kronecker checkpoints are safetensors files only")
+        if not os.path.isfile(path):  # noqa: PTH113  # pathlib's raises on a name that is too long
+            raise FileNotFoundError(f"{_label(path)}: this file of the checkpoint does not exist")
+
+
+def read_headers(files: list[str]) -> dict[str, StoredTensor]:
+    """The tensors of all weight files by name.
+
+    Raises:
+        ValueError: A file is not readable as safetensors, or has a tensor with an unprintable name.
     """
     stored: dict[str, StoredTensor] = {}
     for path in files:
-        _check_place(path, folder)
         file = _label(path)
-        if not path.endswith(".safetensors"):
-            raise ValueError(f"{file}: Kronecker checkpoints are safetensors files only")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{file}: this file of the checkpoint does not exist")
         try:
             with safe_open(path, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118

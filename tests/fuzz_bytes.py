@@ -46,7 +46,7 @@ def nested(levels: int) -> Any:
 
 def random_value(rng: random.Random) -> Any:
     if rng.random() < 0.1:
-        return nested(rng.choice([5, 40, 41, 400, 401, 900]))
+        return nested(rng.choice([5, 40, 41, 400, 401, 900, 945, 970]))
     return copy.deepcopy(rng.choice(HOSTILE_VALUES))
 
 

@@ -1,4 +1,6 @@
-"""Loads mutated checkpoints, one seed after the other, in a process with little memory: `fuzz_worker.py FIRST COUNT`.
+"""Loads mutated checkpoints, one seed after the other, in a process with little memory.
+
+`fuzz_worker.py checkpoint FIRST COUNT`, or `adapter` instead of `checkpoint`.
 
 Prints a line of JSON for each input. Findings, that is what should never happen, are in "bad".
 """
@@ -19,9 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fuzz_adapters import mutate_adapter
+from fuzz_checkpoints import mutate
+
 Door = Callable[[Path, int], tuple[str, str | None]]
 
-SECONDS = 15
+SECONDS = 15  # of processor time
 MEMORY = 2_500_000_000  # bytes of address space; importing torch and transformers takes half of it
 
 
@@ -33,17 +38,34 @@ def alarm(signum: int, frame: FrameType | None) -> None:
     raise Hang
 
 
-def saved(folder: Path, **options: Any) -> dict[str, bytes]:
+def dense_model() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
-
-    from kron_hf import KronConfig, get_kron_model
 
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
-    model = get_kron_model(ViTForImageClassification(config), KronConfig(block_size=(4, 8), rank=1))
-    model.save_pretrained(folder, **options)
+    return ViTForImageClassification(config)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def saved(folder: Path, **options: Any) -> dict[str, bytes]:
+    from kron_hf import KronConfig, get_kron_model
+
+    get_kron_model(dense_model(), KronConfig(block_size=(4, 8), rank=1)).save_pretrained(folder, **options)
+    return contents(folder)
+
+
+def saved_adapter(folder: Path) -> dict[str, bytes]:
+    from peft import get_peft_model
+
+    from kron_hf import KronConfig
+
+    config = KronConfig(block_size=(4, 8), rank=1, init_weights="random", modules_to_save=["classifier"])
+    get_peft_model(dense_model(), config).save_pretrained(folder)
+    return contents(folder)
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:
@@ -95,8 +117,18 @@ def bad_message(message: str, folder: Path) -> str | None:
         return f"of {len(message)} characters"
     if str(folder) in message:
         return "with the path of the folder"
-    named = re.search(r"\.json|\.safetensors|tensor|module|checkpoint|shard", message)
-    return None if named else "without the name of a file, tensor or module"
+    named = re.search(r"\.json|\.safetensors|tensor|module|checkpoint|shard|adapter|^[\w.]+(\[.+\])?:? ", message)
+    return None if named else "without the name of a file, tensor, module or field"
+
+
+def judged(error: Exception, folder: Path) -> tuple[str, str | None]:
+    kind = type(error).__name__
+    if not ours(error):
+        return f"stock {kind}", None
+    if not isinstance(error, (OSError, ValueError)):
+        return f"ours {kind}", "".join(traceback.format_exception(error)[-8:])
+    fault = bad_message(str(error), folder)
+    return f"refused {kind}", fault and f"a message {fault}: {error!s:.2000}"
 
 
 def by_from_pretrained(folder: Path, seed: int) -> tuple[str, str | None]:
@@ -109,13 +141,7 @@ def by_from_pretrained(folder: Path, seed: int) -> tuple[str, str | None]:
         with contextlib.redirect_stdout(io.StringIO()):  # a question about foreign code
             model = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=seed % 3 == 0)
     except Exception as error:
-        kind = type(error).__name__
-        if not ours(error):
-            return f"stock {kind}", None
-        if not isinstance(error, (OSError, ValueError)):
-            return f"ours {kind}", "".join(traceback.format_exception(error)[-8:])
-        fault = bad_message(str(error), folder)
-        return f"refused {kind}", fault and f"a message {fault}: {error!s:.2000}"
+        return judged(error, folder)
     if not hasattr(model.config, "quantization_config"):
         return "dense", None
     try:
@@ -163,10 +189,28 @@ def by_get_kron_model(folder: Path, seed: int) -> tuple[str, str | None]:
     return "converted", None
 
 
-def run(seed: int, folder: Path, whole: dict[str, bytes], sharded: dict[str, bytes]) -> dict[str, Any]:
-    from fuzz_checkpoints import mutate
+def by_peft(folder: Path, seed: int) -> tuple[str, str | None]:
+    """Outcome of `PeftModel.from_pretrained`, and what is bad about it."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
 
-    mutation = mutate(seed, whole, sharded)
+    try:
+        model = PeftModel.from_pretrained(dense_model(), str(folder))
+    except Exception as error:
+        return judged(error, folder)
+    stored, loaded = load_file(folder / "adapter_model.safetensors"), model.state_dict()
+    factors = {key: value for key, value in loaded.items() if ".kron_layers." in key}
+    wrong = [
+        key
+        for key, value in factors.items()
+        if not torch.allclose(value, stored[key.replace(".default", "")].to(value.dtype), rtol=0, equal_nan=True)
+    ]
+    return "loaded", f"not as in the files: {wrong}" if wrong or not factors else None
+
+
+def run(mutation: Any, seed: int, folder: Path) -> dict[str, Any]:
+    """Tries a mutation at every door that it concerns."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in mutation.files.items():
@@ -174,12 +218,9 @@ def run(seed: int, folder: Path, whole: dict[str, bytes], sharded: dict[str, byt
     print(f"# seed {seed}", file=sys.stderr, flush=True)  # noqa: T201
     result: dict[str, Any] = {"seed": seed, "kind": mutation.kind, "detail": mutation.detail, "bad": []}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Our own loaders read the same files with the same checks; a share of the inputs is enough for them.
-    is_claim = mutation.kind == "config: claims"
-    doors: list[Door] = [by_from_pretrained, *([by_summary] if seed % 2 or is_claim else [])]
-    doors += [by_get_kron_model] if seed % 4 == 0 and not is_claim else []
-    for door in doors:
-        signal.alarm(SECONDS)
+    for door in doors_for(mutation, seed):
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.alarm(10 * SECONDS)
         try:
             result[door.__name__], fault = door(folder, seed)
         except Hang:
@@ -187,6 +228,7 @@ def run(seed: int, folder: Path, whole: dict[str, bytes], sharded: dict[str, byt
         except MemoryError:
             result[door.__name__], fault = "memory", traceback.format_exc()[-1500:]
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
         if fault:
             result["bad"].append(f"{door.__name__}: {fault}")
@@ -195,7 +237,17 @@ def run(seed: int, folder: Path, whole: dict[str, bytes], sharded: dict[str, byt
     return result
 
 
-def fuzz(first: int, count: int) -> None:
+def doors_for(mutation: Any, seed: int) -> list[Door]:
+    if any(name.startswith("adapter") for name in mutation.files):
+        return [by_peft]
+    # Our own loaders read the same files with the same checks; a share of the inputs is enough for them.
+    is_claim = mutation.kind == "config: claims"
+    doors: list[Door] = [by_from_pretrained, *([by_summary] if seed % 2 or is_claim else [])]
+    return doors + ([by_get_kron_model] if seed % 4 == 0 and not is_claim else [])
+
+
+def fuzz(what: str, first: int, count: int) -> None:
+    """Runs the seeds from `first` on over checkpoints or adapters."""
     import warnings
 
     import torch
@@ -208,18 +260,21 @@ def fuzz(first: int, count: int) -> None:
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    signal.signal(signal.SIGALRM, alarm)
+    for timer in (signal.SIGPROF, signal.SIGALRM):  # of the process itself, and of a wait without work
+        signal.signal(timer, alarm)
     with tempfile.TemporaryDirectory() as scratch:
         # A cache of a stranger's code must not be written outside.
         os.environ["HF_MODULES_CACHE"] = f"{scratch}/modules"
         whole = saved(Path(scratch, "whole"))
         sharded = saved(Path(scratch, "sharded"), max_shard_size="3KB")
+        adapter = saved_adapter(Path(scratch, "adapter"))
         (Path(scratch) / "outside.safetensors").write_bytes(whole["model.safetensors"])
-        run(0, Path(scratch, "input"), whole, sharded)
+        dense_model()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         for seed in range(first, first + count):
-            print(json.dumps(run(seed, Path(scratch, "input"), whole, sharded)), flush=True)  # noqa: T201
+            mutation = mutate_adapter(seed, adapter) if what == "adapter" else mutate(seed, whole, sharded)
+            print(json.dumps(run(mutation, seed, Path(scratch, "input"))), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    fuzz(int(sys.argv[1]), int(sys.argv[2]))
+    fuzz(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

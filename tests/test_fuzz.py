@@ -1,67 +1,92 @@
 """Thousands of damaged and malicious checkpoints: each loads as it is, or is refused with a clean error.
 
-The inputs are made by `fuzz_checkpoints.py` from a seed; `cd tests && python fuzz_worker.py SEED 1` repeats one.
+`cd tests && python fuzz_worker.py checkpoint SEED 1` repeats the input of one seed.
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz_adapters import ADAPTER_KINDS
 from fuzz_checkpoints import KINDS
 
 TESTS = Path(__file__).parent
 # What one input may add to the memory of a process: 2**26 elements are the bound on what is allocated, a header of
 # megabytes is parsed several times.
 GROWTH_MB = 500
+WAYS = ("by_from_pretrained", "by_summary", "by_get_kron_model", "by_peft")
 
 
-def fuzzed(first: int, count: int) -> tuple[list[dict[str, Any]], str]:
+def fuzzed(door: str, first: int, count: int) -> tuple[list[dict[str, Any]], str]:
     """The results of some seeds, from two processes, and what these wrote to stderr."""
-    share = count // 2
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "fuzz_worker.py", str(start), str(share)],
-            **{"cwd": TESTS, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-            text=True,
-        )
-        for start in (first, first + share)
-    ]
-    results, rest = [], ""
-    for worker in workers:
-        output = worker.communicate()[0]
-        lines = output.splitlines(keepends=True)
-        results += [json.loads(line) for line in lines if line.startswith('{"seed"')]
-        rest += "".join(line for line in lines if not line.startswith(('{"seed"', "# seed")))
-        assert worker.returncode == 0, f"died with {worker.returncode} at the last seed of: {output[-2000:]}"
+    share, results, rest = count // 2, [], ""
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "fuzz_worker.py", door, str(first + share * index), str(share)],
+                **{"cwd": TESTS, "stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT},
+            )
+            for index, output in enumerate(outputs)
+        ]
+        for worker, output in zip(workers, outputs, strict=True):
+            status = worker.wait()
+            output.seek(0)
+            lines = output.readlines()
+            results += [json.loads(line) for line in lines if line.startswith('{"seed"')]
+            rest += "".join(line for line in lines if not line.startswith(('{"seed"', "# seed")))
+            assert status == 0, f"died with {status} at the last seed of: {''.join(lines[-20:])}"
     return results, rest
 
 
-def check(results: list[dict[str, Any]], rest: str, count: int) -> None:
+def check(door: str, first: int, count: int) -> dict[str, Counter]:
+    """Fuzzes, prints and checks what holds for every input; returns the outcomes by way of loading."""
+    results, rest = fuzzed(door, first, count)
     assert len(results) == count
     bad = [result for result in results if result["bad"]]
     assert not bad, json.dumps(bad[:5], indent=1)
     unprintable = [line for line in rest.split("\n") if not line.replace("\t", "").isprintable()]
     assert not unprintable
     assert max(result["grown_mb"] for result in results) < GROWTH_MB
-    counts = Counter(result["kind"] for result in results)
-    assert counts.keys() == KINDS.keys()
-    plain = Counter(result["by_from_pretrained"] for result in results)
-    summary = Counter(result["by_summary"] for result in results if "by_summary" in result)
-    assert min(plain["loaded"], plain["refused ValueError"], summary["loaded"], summary["refused"]) > count // 40
-    print("inputs", count, *(f"\n  {kind}: {number}" for kind, number in sorted(counts.items())))  # noqa: T201
-    for door in ("by_from_pretrained", "by_summary", "by_get_kron_model"):
-        print(door, Counter(result[door] for result in results if door in result))  # noqa: T201
+    kinds = Counter(result["kind"] for result in results)
+    assert kinds.keys() == (KINDS if door == "checkpoint" else ADAPTER_KINDS).keys()
+    ways = {key: Counter(result[key] for result in results if key in result) for key in WAYS}
+    print("inputs", count, *(f"\n  {kind}: {number}" for kind, number in sorted(kinds.items())))  # noqa: T201
+    print(*(f"{way}: {dict(outcomes)}\n" for way, outcomes in ways.items() if outcomes))  # noqa: T201
     print("peak of a process, MB:", max(result["peak_mb"] for result in results))  # noqa: T201
+    return ways
+
+
+def check_checkpoints(first: int, count: int) -> None:
+    ways = check("checkpoint", first, count)
+    plain, summary = ways["by_from_pretrained"], ways["by_summary"]
+    assert min(plain["loaded"], plain["refused ValueError"], summary["loaded"], summary["refused"]) > count // 40
+
+
+def check_adapters(first: int, count: int) -> None:
+    outcomes = check("adapter", first, count)["by_peft"]
+    assert min(outcomes["loaded"], outcomes["refused ValueError"]) > count // 20
 
 
 def test_damaged_checkpoints():
-    check(*fuzzed(0, 300), 300)
+    check_checkpoints(0, 240)
+
+
+def test_damaged_adapters():
+    check_adapters(0, 60)
 
 
 @pytest.mark.slow
 def test_thousands_of_damaged_checkpoints():
-    check(*fuzzed(10_000, 8000), 8000)
+    check_checkpoints(10_000, 7000)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_adapters():
+    check_adapters(10_000, 2000)

@@ -180,11 +180,11 @@ class KronModel(BaseTuner):
         remapped = {aliases.get(key, key): tensor for key, tensor in remapped.items()}
         for key, tensor in expected.items():
             if key not in remapped:
-                raise ValueError(f"the adapter's weights lack tensor {key!r}")
+                raise ValueError(f"the adapter's weights lack tensor {shown(key)}")
             if remapped[key].shape != tensor.shape:
                 raise ValueError(
-                    f"the adapter's tensor {key!r} has shape {list(remapped[key].shape)}, its config requires "
-                    f"{list(tensor.shape)}"
+                    f"the adapter's tensor {shown(key)} has shape {shown(list(remapped[key].shape))}, its config "
+                    f"requires {list(tensor.shape)}"
                 )
         extra = [key for key in remapped.keys() - expected.keys() if f".{cls.prefix}layers." in key]
         if extra:
