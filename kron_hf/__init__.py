@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
+from kron_hf.masks import copy_masks
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
@@ -24,6 +25,7 @@ __all__ = [
     "KronTrainer",
     "Sparsifier",
     "SparsityCallback",
+    "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",

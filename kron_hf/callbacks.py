@@ -9,13 +9,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from kron_hf.pruning import model_sparsity
-from kron_hf.sparsity import Sparsifier, SparsityOptions
+from kron_hf.sparsity import Sparsifier
+from kron_hf.sparsity_options import SparsityOptions
 
 __all__ = ["SparsityCallback"]
 
 
 class SparsityCallback(TrainerCallback, ExportableState):
-    """Trains the Kronecker layers to an exact block sparsity under the stock `Trainer`; see `Sparsifier`.
+    """Trains the Kronecker layers to block sparsity under the stock `Trainer`; see `Sparsifier`.
 
     The schedule counts the optimizer steps of the whole training. Logs get a `sparsity`: the share of entries in zero
     blocks at that moment, so during the ramp, where blocks may grow back, read it at multiples of `interval`.
@@ -28,10 +29,11 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     Args:
         target_sparsity: Share of entries in zero blocks to end with, in [0, 1).
+        l1: Weight of the l1 penalty on S, the paper's mode. Give exactly one of `target_sparsity` and `l1`.
         scope: "global" ranks the blocks of all layers together; "layer" takes the same share from each layer.
-        start: Start of the ramp as a share of the training steps.
-        end: End of the ramp, where the masks freeze, as a share of the training steps.
-        interval: Optimizer steps between two prunings.
+        start: Start of the ramp, or of the penalty, as a share of the training steps.
+        end: Its end, where the masks freeze, as a share of the training steps.
+        interval: Optimizer steps between two prunings, or two rescalings of S against A under l1.
 
     Raises:
         ValueError: An option is out of range. What depends on the model and the number of steps is checked when the
@@ -45,14 +47,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         *,
-        target_sparsity: float,
+        target_sparsity: float | None = None,
+        l1: float | None = None,
         scope: str = "global",
         start: float = 0.05,
         end: float = 0.5,
         interval: int = 10,
     ) -> None:
         self.options = SparsityOptions(
-            target_sparsity=target_sparsity, scope=scope, start=start, end=end, interval=interval
+            target_sparsity=target_sparsity, l1=l1, scope=scope, start=start, end=end, interval=interval
         )
         self.sparsifier: Sparsifier | None = None
 
@@ -77,7 +80,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds `sparsity` to the logs and to the history, into which Trainer has copied them before."""
-        kwargs["logs"].setdefault("sparsity", model_sparsity(kwargs["model"]))
+        if "sparsity" not in kwargs["logs"]:  # under FSDP2 it costs an all-gather
+            kwargs["logs"]["sparsity"] = model_sparsity(kwargs["model"])
         if state.log_history:
             state.log_history[-1].setdefault("sparsity", kwargs["logs"]["sparsity"])
 
@@ -88,14 +92,15 @@ class SparsityCallback(TrainerCallback, ExportableState):
         if self.sparsifier is None:
             return
         self.sparsifier.close()
-        if self.sparsifier.frozen:
-            self._check_final(kwargs["model"], state)
+        if self.sparsifier.frozen_sparsity is not None:
+            self._check_final(kwargs["model"], self.sparsifier.frozen_sparsity, state)
 
-    def _check_final(self, model: nn.Module, state: TrainerState) -> None:
-        sparsity, target = model_sparsity(model), self.options.target_sparsity
-        if sparsity < target:
+    def _check_final(self, model: nn.Module, frozen: float, state: TrainerState) -> None:
+        sparsity, target, l1 = model_sparsity(model), self.options.target_sparsity, self.options.l1
+        if sparsity < frozen:
+            goal = f"{frozen:.4f} as l1={l1} gave" if target is None else f"target_sparsity={target}"
             warnings.warn(
-                f"the model has sparsity {sparsity:.4f}, not target_sparsity={target}: the best checkpoint, "
+                f"the model has sparsity {sparsity:.4f}, not {goal}: the best checkpoint, "
                 f"{state.best_model_checkpoint}, is from before the masks froze; pass eval_delay to TrainingArguments "
                 "so that only later ones are compared",
                 stacklevel=2,

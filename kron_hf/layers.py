@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kron_hf.factors import balanced_std, kron_weight, nearest_kronecker
 from kron_hf.ops import kron_linear
+from kron_hf.sharding import gather, is_sharded, laid_out_as, local, shard_of
 
 __all__ = ["KronLinear", "resolve_block_size"]
 
@@ -145,7 +146,7 @@ class KronLinear(nn.Module):
 
     def masked_s(self) -> Tensor:
         """S under the frozen mask: dead entries are zero and get no gradient."""
-        return self.s if self.dead_blocks is None else self.s.masked_fill(self.dead_blocks, 0.0)
+        return self.s if self.dead_blocks is None else self.s.masked_fill(laid_out_as(self.dead_blocks, self.s), 0.0)
 
     def dense_weight(self) -> Tensor:
         """The weight W it stands for, `[out_features, in_features]`, differentiable."""
@@ -153,8 +154,9 @@ class KronLinear(nn.Module):
 
     @property
     def block_mask(self) -> Tensor:
-        """Which blocks of W are alive, bool `[O, I]`."""
-        return self.masked_s().detach() != 0
+        """Which blocks of W are alive, bool `[O, I]`. If S is sharded (FSDP2) all processes must ask."""
+        alive = gather([self.s])[0] != 0
+        return alive if self.dead_blocks is None else alive & ~self.dead_blocks.to(alive.device)
 
     @property
     def sparsity(self) -> float:
@@ -162,14 +164,25 @@ class KronLinear(nn.Module):
         return 1.0 - self.block_mask.float().mean().item()
 
     @torch.no_grad()
-    def freeze_mask(self) -> None:
-        """Makes every present zero of S permanent: masked in the forward, without gradient, zero in what is saved."""
-        self._zero_dead_blocks()
-        self._mask_zeros()
+    def freeze_mask(self, dead: Tensor | None = None) -> None:
+        """Makes zeros of S permanent: masked in the forward, without gradient, zero in what is saved.
 
-    def _mask_zeros(self) -> None:
-        dead = self.s.detach() == 0
-        self.dead_blocks = dead if bool(dead.any()) else None
+        Args:
+            dead: bool `[O, I]`, True where S becomes zero and stays so. None is every present zero, those of a mask
+                frozen before among them; if S is sharded (FSDP2), all processes must then call this together.
+
+        Raises:
+            ValueError: `dead` has another shape or dtype.
+        """
+        if dead is None:
+            dead = ~self.block_mask
+        elif dead.shape != self.s.shape or dead.dtype != torch.bool:
+            raise ValueError(
+                f"KronLinear.freeze_mask: dead must be bool of shape {list(self.s.shape)}, got {dead.dtype} of shape "
+                f"{list(dead.shape)}"
+            )
+        self.dead_blocks = dead.to(self.s.device, copy=True) if bool(dead.any()) else None
+        self._zero_dead_blocks()
 
     def unfreeze_mask(self) -> None:
         """Lifts the frozen mask: zeros of S are ordinary values again, which training may move."""
@@ -179,8 +192,11 @@ class KronLinear(nn.Module):
     @torch.no_grad()
     def _zero_dead_blocks(self) -> None:
         """Puts dead entries of S back to zero should an optimizer's momentum or noise have moved them."""
-        if self.dead_blocks is not None and not self.s.is_meta and bool((self.s[self.dead_blocks] != 0).any()):
-            self.s.masked_fill_(self.dead_blocks, 0.0)
+        if self.dead_blocks is None or self.s.is_meta:
+            return
+        s, dead = local(self.s), shard_of(self.dead_blocks, self.s)
+        if bool((s[dead] != 0).any()):
+            s.masked_fill_(dead, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -191,14 +207,18 @@ class KronLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._zero_dead_blocks()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.s):  # Accelerate takes every entry of a sharded state dict for a DTensor
+            del destination[f"{prefix}weight"]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         missing_keys: list[str] = args[2]
         if f"{prefix}weight" in missing_keys:  # Accelerate's files leave it out, as empty tensors share an address
             missing_keys.remove(f"{prefix}weight")
+            self.weight = local(self.s).new_empty(0)  # it may have been on meta
         if prefix + "s" in state_dict and not self.s.is_meta:
-            self._mask_zeros()  # those of the loaded S alone
+            self.dead_blocks = None  # the zeros of the loaded S alone
+            self.freeze_mask()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block_size: int | tuple[int, int], rank: int) -> Self:

@@ -6,6 +6,7 @@ does not change when S is rescaled against A, and blocks of different sizes comp
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
@@ -14,16 +15,21 @@ from torch import Tensor, nn
 
 from kron_hf.factors import block_norms
 from kron_hf.layers import KronLinear
+from kron_hf.sharding import gather
 
 __all__ = [
     "SCOPES",
     "block_entries",
+    "block_masks",
     "choose_dead",
     "cubic_sparsity",
+    "gather_factors",
+    "importance",
     "kron_layers",
     "layer_quotas",
     "model_sparsity",
     "required_entries",
+    "share_of_entries",
 ]
 
 SCOPES = ("global", "layer")
@@ -34,12 +40,36 @@ def kron_layers(model: nn.Module) -> list[KronLinear]:
     return [module for module in model.modules() if isinstance(module, KronLinear)]
 
 
+def block_masks(layers: list[KronLinear]) -> list[Tensor]:
+    """`KronLinear.block_mask` of each layer. If layers are sharded (FSDP2): one all-gather, all processes must call."""
+    alive = [s != 0 for s in gather([layer.s for layer in layers])]
+    return [
+        mask if layer.dead_blocks is None else mask & ~layer.dead_blocks.to(mask.device)
+        for layer, mask in zip(layers, alive, strict=True)
+    ]
+
+
+def gather_factors(layers: list[KronLinear]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """S, A and B of each layer, whole. If layers are sharded (FSDP2): one all-gather, all processes must call."""
+    flat = gather([factor for layer in layers for factor in (layer.s, layer.a, layer.b)])
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+
 def model_sparsity(model: nn.Module) -> float:
-    """Share of the entries of all Kronecker weights that lie in blocks which are exactly zero, in [0, 1]."""
+    """Share of the entries of all Kronecker weights that lie in blocks which are exactly zero, in [0, 1].
+
+    If layers are sharded (FSDP2), all processes must call it.
+    """
     layers = kron_layers(model)
+    return share_of_entries(layers, [~alive for alive in block_masks(layers)])
+
+
+def share_of_entries(layers: list[KronLinear], masks: Sequence[Tensor | None]) -> float:
+    """Share of the entries of all weights that lie in the blocks `[O, I]` of the masks, None for no block."""
     total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
-    dead = sum(int((~layer.block_mask).sum()) * block_entries(layer) for layer in layers)
-    return dead / total if total else 0.0
+    pairs = zip(layers, masks, strict=True)
+    masked = sum(int(mask.sum()) * block_entries(layer) for layer, mask in pairs if mask is not None)
+    return masked / total if total else 0.0
 
 
 def cubic_sparsity(step: int, *, start_step: int, end_step: int, final: float, initial: float = 0.0) -> float:
@@ -84,14 +114,19 @@ def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required
 
 
 def choose_dead(layers: list[KronLinear], always: list[Tensor | None], sparsity: float, scope: str) -> list[Tensor]:
-    """Masks `[O, I]` of the least important blocks, those of `always` first, that make up `sparsity`."""
-    device = layers[0].s.device
-    scores = [_importance(layer, mask).flatten().to(device) for layer, mask in zip(layers, always, strict=True)]
+    """Masks `[O, I]` of the least important blocks, those of `always` first, that make up `sparsity`.
+
+    Zeros of S beyond that are in the masks, too. If layers are sharded (FSDP2), all processes must call it; the masks
+    are whole and the same on each of them.
+    """
+    factors = gather_factors(layers)
+    device = factors[0][0].device
+    scores = [importance(*each, mask).flatten().to(device) for each, mask in zip(factors, always, strict=True)]
     entries = [block_entries(layer) for layer in layers]
     required = required_entries(sparsity, sum(n * len(score) for n, score in zip(entries, scores, strict=True)))
     choose = _choose_globally if scope == "global" else _choose_by_layer
     chosen = choose(scores, entries, required)
-    return [mask.view_as(layer.s).to(layer.s.device) for mask, layer in zip(chosen, layers, strict=True)]
+    return [mask.view_as(s).to(s.device) | (s == 0) for mask, (s, _, _) in zip(chosen, factors, strict=True)]
 
 
 def _choose_globally(scores: list[Tensor], entries: list[int], required: int) -> list[Tensor]:
@@ -119,13 +154,13 @@ def _choose_by_layer(scores: list[Tensor], entries: list[int], required: int) ->
     return masks
 
 
-def _importance(layer: KronLinear, always_dead: Tensor | None) -> Tensor:
+def importance(s: Tensor, a: Tensor, b: Tensor, always_dead: Tensor | None) -> Tensor:
     """Root mean square of each block, `[O, I]`; -inf where it is dead for good, -1 where S happens to be zero.
 
     Zeros of S freeze with the rest at the end, so they must be the first to be chosen, also among ties.
     """
-    rms = block_norms(layer.s, layer.a, layer.b) / math.sqrt(block_entries(layer))
-    rms = rms.nan_to_num(nan=torch.finfo(rms.dtype).max).masked_fill(layer.s == 0, -1.0)
+    rms = block_norms(s, a, b) / math.sqrt(b[0].numel())
+    rms = rms.nan_to_num(nan=torch.finfo(rms.dtype).max).masked_fill(s == 0, -1.0)
     return rms if always_dead is None else rms.masked_fill(always_dead.to(rms.device), -math.inf)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear
+from kron_hf.pruning import block_masks
 
 __all__ = ["KronSummary", "LayerSummary", "kron_summary"]
 
@@ -107,7 +108,7 @@ def kron_summary(model: nn.Module) -> KronSummary:
 
     Args:
         model: Any module: a single `KronLinear`, a transformers model, on any device. On the meta device sparsity is
-            None.
+            None. If it is sharded (FSDP2), all processes must call this.
 
     Example:
         >>> from kron_hf import KronLinear
@@ -115,7 +116,11 @@ def kron_summary(model: nn.Module) -> KronSummary:
         128
     """
     named = {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
-    layers = tuple(_summarize(name or type(model).__name__, layer) for name, layer in named.items())
+    shares = _sparsities(list(named.values()))
+    layers = tuple(
+        _summarize(name or type(model).__name__, layer, share)
+        for (name, layer), share in zip(named.items(), shares, strict=True)
+    )
     inside = {id(parameter) for layer in named.values() for parameter in layer.parameters()}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     converted = _sum_up(layers)
@@ -128,7 +133,13 @@ def kron_summary(model: nn.Module) -> KronSummary:
     )
 
 
-def _summarize(name: str, layer: KronLinear) -> LayerSummary:
+def _sparsities(layers: list[KronLinear]) -> list[float | None]:
+    if any(layer.s.is_meta for layer in layers):
+        return [None] * len(layers)
+    return [int((~alive).sum()) / alive.numel() for alive in block_masks(layers)]
+
+
+def _summarize(name: str, layer: KronLinear, sparsity: float | None) -> LayerSummary:
     bias = 0 if layer.bias is None else layer.bias.numel()
     forward = kron_flops(layer.out_features, layer.in_features, layer.block_size, layer.rank)
     entries = layer.out_features * layer.in_features
@@ -136,7 +147,7 @@ def _summarize(name: str, layer: KronLinear) -> LayerSummary:
         name=name,
         block_size=layer.block_size,
         rank=layer.rank,
-        sparsity=None if layer.s.is_meta else int((~layer.block_mask).sum()) / layer.s.numel(),
+        sparsity=sparsity,
         trained_params=_trained(layer.parameters()),
         deployed_params=layer.a.numel() + layer.b.numel() + bias,
         dense_params=entries + bias,

@@ -14,7 +14,7 @@ __all__ = ["KronTrainer"]
 
 
 class KronTrainer(Trainer):
-    """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target is given.
+    """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target or l1 is given.
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
     `sparsity` for all integrations. A model without Kronecker layers trains as under Trainer.
@@ -23,13 +23,14 @@ class KronTrainer(Trainer):
         *args: As for `Trainer`.
         factor_lr: Factor of the learning rate of A and B.
         mask_lr: Factor of the learning rate of S, which gets no weight decay.
-        target_sparsity: Block sparsity to train to, in [0, 1); None leaves the masks alone.
+        target_sparsity: Block sparsity to train to, in [0, 1).
+        l1: Weight of the l1 penalty on S, the paper's mode. Without this and a target the masks are left alone.
         sparsity_options: Further arguments of `SparsityCallback`: scope, start, end, interval.
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: `sparsity_options` without a target, or `args.optim` names an optimizer that makes its own
-            parameter groups (GaLore, LOMO, ...).
+        ValueError: `target_sparsity` and `l1` together, `sparsity_options` without either, or `args.optim` names an
+            optimizer that makes its own parameter groups (GaLore, LOMO, ...).
     """
 
     def __init__(
@@ -38,14 +39,15 @@ class KronTrainer(Trainer):
         factor_lr: float = 4.0,
         mask_lr: float = 1.0,
         target_sparsity: float | None = None,
+        l1: float | None = None,
         sparsity_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if sparsity_options and target_sparsity is None:
-            raise ValueError(f"sparsity_options={sparsity_options!r} need a target_sparsity")
         callback = None
-        if target_sparsity is not None:
-            callback = SparsityCallback(target_sparsity=target_sparsity, **(sparsity_options or {}))
+        if target_sparsity is not None or l1 is not None:
+            callback = SparsityCallback(target_sparsity=target_sparsity, l1=l1, **(sparsity_options or {}))
+        elif sparsity_options:
+            raise ValueError(f"sparsity_options={sparsity_options!r} need a target_sparsity or an l1")
         super().__init__(*args, **kwargs)
         self.factor_lr, self.mask_lr = factor_lr, mask_lr
         if callback is not None:
@@ -80,6 +82,6 @@ class KronTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `sparsity` before any integration sees the logs."""
         model = cast(nn.Module, self.model)
-        if kron_layers(model):
-            logs.setdefault("sparsity", model_sparsity(model))
+        if kron_layers(model) and "sparsity" not in logs:
+            logs["sparsity"] = model_sparsity(model)
         super().log(logs, start_time)

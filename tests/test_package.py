@@ -14,13 +14,18 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = ("factors", "ops", "layers", "pruning", "sparsity", "param_groups")
+TORCH_ONLY = (
+    *("factors", "sharding", "ops", "layers", "pruning", "masks", "param_groups"),
+    *("optimizer_state", "proximal", "target_ramp", "sparsity_options", "sparsity"),
+)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"factors", "config", "metrics"},
+    {"factors", "config", "metrics", "sharding"},
     {"ops"},
     {"layers"},
-    {"pruning", "param_groups", "checkpoint", "targets"},
+    {"pruning", "param_groups", "checkpoint", "targets", "optimizer_state", "masks"},
+    {"sparsity_options", "proximal"},
+    {"target_ramp"},
     {"sparsity", "surgery"},
     {"callbacks", "model", "summary"},
     {"trainer", "model_card"},

@@ -322,7 +322,7 @@ def test_closing_before_the_end_warns():
         ({"target_sparsity": float("nan")}, r"target_sparsity must be .* got nan"),
         ({"target_sparsity": "0.5"}, r"target_sparsity must be .* got '0\.5'"),
         ({"target_sparsity": True}, r"target_sparsity must be .* got True"),
-        ({"target_sparsity": None}, r"target_sparsity must be .* got None"),
+        ({"target_sparsity": None}, "exactly one of target_sparsity and l1, got target_sparsity=None and l1=None"),
         ({"scope": "block"}, r"scope must be one of \('global', 'layer'\), got 'block'"),
         ({"start": 0.5, "end": 0.5}, r"start must be before end, got start=0\.5, end=0\.5"),
         ({"start": -0.1}, r"start must be a share .* got -0\.1"),
@@ -339,6 +339,13 @@ def test_closing_before_the_end_warns():
 def test_bad_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Sparsifier(TinyKron(), **{"target_sparsity": 0.5, "total_steps": STEPS, **options})
+
+
+def test_flattened_parameters_raise():
+    model = TinyKron()
+    model.fc1.s = nn.Parameter(model.fc1.s.detach().flatten())  # as FSDP version 1 leaves it
+    with pytest.raises(ValueError, match=r"S of shape \[8, 4\] has been flattened to \[32\].*use fsdp_version 2"):
+        Sparsifier(model, target_sparsity=0.5, total_steps=STEPS)
 
 
 def test_a_model_without_kronecker_layers_raises():

@@ -163,7 +163,7 @@ def test_an_optimizer_with_groups_of_its_own_raises(tmp_path):
 
 
 def test_sparsity_options_without_a_target_raise(tmp_path):
-    with pytest.raises(ValueError, match=r"sparsity_options=\{'end': 0\.75\} need a target_sparsity"):
+    with pytest.raises(ValueError, match=r"sparsity_options=\{'end': 0\.75\} need a target_sparsity or an l1"):
         run(tmp_path, options={"sparsity_options": {"end": 0.75}})
 
 
