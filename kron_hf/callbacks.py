@@ -110,7 +110,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
         saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
         if isinstance(saved, list):
             raise ValueError(f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s; use one")
-        return saved and saved["attributes"].get("sparsifier_state")
+        attributes = saved.get("attributes") if isinstance(saved, dict) else None
+        if saved is not None and not isinstance(attributes, dict):
+            raise ValueError(f"trainer_state.json: the state of {type(self).__name__} is malformed")
+        return attributes and attributes.get("sparsifier_state")
 
     @staticmethod
     def _begun_without(sparsifier: Sparsifier, state: TrainerState) -> dict[str, Any]:

@@ -11,18 +11,22 @@ and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
 # pyright: reportIncompatibleMethodOverride=false
 
 import copy
-from pathlib import Path
+from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kron_hf.cache import check_cached_files
+from kron_hf.checkpoint_files import check_dtypes, check_layers, check_unmapped, read_headers
+from kron_hf.claims import check_config, check_elements
+from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
+from kron_hf.module_map import checked_module_map
 
 __all__ = [
     "KronCheckpointConfig",
@@ -57,20 +61,22 @@ class KronCheckpointConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, modules: Any = None, format_version: Any = None, quant_method: str = QUANT_METHOD, **unknown: Any
+        self, /, modules: Any = None, format_version: Any = None, quant_method: str = QUANT_METHOD, **unknown: Any
     ):
         if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
-            raise ValueError(f"config.json: quantization_config.format_version must be an int, got {format_version!r}")
+            raise ValueError(
+                f"config.json: quantization_config.format_version must be an int, got {shown(format_version)}"
+            )
         if format_version > FORMAT_VERSION:
             raise ValueError(
-                f"config.json: quantization_config.format_version is {format_version}, this kron_hf reads up to "
+                f"config.json: quantization_config.format_version is {shown(format_version)}, this kron_hf reads up to "
                 f"{FORMAT_VERSION}; upgrade kron_hf"
             )
         if unknown:
-            raise ValueError(f"config.json: quantization_config has unknown keys {sorted(unknown)}")
+            raise ValueError(f"config.json: quantization_config has unknown keys {shown(sorted(unknown))}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers types it as its own enum
         self.format_version = format_version
-        self.modules = _checked_modules(modules)
+        self.modules = checked_module_map(modules, "config.json: quantization_config.modules")
 
     @classmethod
     def of(cls, model: nn.Module) -> "KronCheckpointConfig":
@@ -98,7 +104,8 @@ class KronHfQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one hook that sees the config before the model is built: takes the import guard out of it."""
+        """The one hook that sees the config before the model is built: checks it and takes the import guard out."""
+        check_config(config)
         fusions = getattr(config, "fusion_config", None)
         if isinstance(fusions, dict):
             config.fusion_config = _without_guard(fusions)
@@ -108,12 +115,19 @@ class KronHfQuantizer(HfQuantizer):
         check_cached_files(kwargs.get("checkpoint_files") or [])
         modules = _names_in(model, self.quantization_config.modules)
         layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
-        if kwargs.get("checkpoint_files") is not None:
-            names = {name: stored_name for name, (stored_name, _) in modules.items()}
-            _check_files(kwargs["checkpoint_files"], layers, names, set(self.quantization_config.modules))
+        files = kwargs.get("checkpoint_files")
+        stored = {} if files is None else read_headers(files, model.config.name_or_path)
+        if files is not None:
+            check_unmapped(stored, modules.keys() | self.quantization_config.modules.keys())
+            check_layers(stored, layers, {name: in_map for name, (in_map, _) in modules.items()}, files)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
+        if files is not None:
+            check_dtypes(stored, model)
+            check_elements(
+                chain(model.parameters(), model.buffers()), sum(prod(tensor.shape) for tensor in stored.values())
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
@@ -220,20 +234,6 @@ def _own_config(model: PreTrainedModel) -> Any:
     return own
 
 
-def _checked_modules(modules: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(modules, dict) or not modules:
-        raise ValueError(f"config.json: quantization_config.modules must be a non-empty dict, got {modules!r:.80}")
-    for name, entry in modules.items():
-        sizes = entry.get("block_size") if isinstance(entry, dict) else None
-        numbers = [*sizes, entry.get("rank")] if isinstance(sizes, list | tuple) and len(sizes) == 2 else []
-        if not numbers or any(type(number) is not int or number < 1 for number in numbers) or len(entry) != 2:
-            raise ValueError(
-                f'config.json: quantization_config.modules[{name!r}] must be {{"block_size": [out, in], "rank": r}} '
-                f"with positive ints, got {entry!r:.80}"
-            )
-    return {name: {"block_size": list(entry["block_size"]), "rank": entry["rank"]} for name, entry in modules.items()}
-
-
 def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """Maps stored module names to those of this class: `{name here: (stored name, entry)}`.
 
@@ -252,14 +252,14 @@ def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tupl
         return outer
     missing = sorted(modules.keys() - present)
     raise ValueError(
-        f"config.json: {type(model).__name__} has no module {missing[0]!r} ({len(missing)} of the {len(modules)} in "
-        "quantization_config.modules are missing); was the architecture changed after saving?"
+        f"config.json: {type(model).__name__} has no module {shown(missing[0])} ({len(missing)} of the {len(modules)} "
+        "in quantization_config.modules are missing); was the architecture changed after saving?"
     )
 
 
 def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLinear:
     linear = model.get_submodule(name)
-    if not isinstance(linear, nn.Linear):
+    if type(linear) is not nn.Linear:
         raise ValueError(
             f"config.json: module {name!r} is a {type(linear).__name__}, Kronecker layers replace nn.Linear"
         )
@@ -274,48 +274,6 @@ def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> Kr
         raise ValueError(
             f"config.json: module {name!r} is {(linear.out_features, linear.in_features)} (out, in): {error}"
         ) from None
-
-
-def _check_files(files: list[str], layers: dict[str, KronLinear], stored: dict[str, str], mapped: set[str]) -> None:
-    """Compares the headers of the weight files with the map, before anything is allocated.
-
-    Args:
-        files: The weight files.
-        layers: The expected layers by their names in the model.
-        stored: The names that the map gives them.
-        mapped: All names of the map.
-    """
-    shapes: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        name = Path(file).name
-        if not name.endswith(".safetensors"):
-            raise ValueError(f"{name}: Kronecker checkpoints are safetensors files only")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                shapes |= {key: (name, handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{name}: not a readable safetensors file, perhaps truncated ({error})") from error
-    listed = ", ".join(Path(file).name for file in files)
-    factored = {key.removesuffix(".s") for key in shapes if key.endswith(".s")}
-    unmapped = sorted(name for name in factored - mapped - layers.keys() if {f"{name}.a", f"{name}.b"} <= shapes.keys())
-    if unmapped:
-        raise ValueError(
-            f"config.json: {listed} holds Kronecker factors of {unmapped[0]!r}, which the map does not name"
-        )
-    for name, layer in layers.items():
-        # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
-        module_name = name if f"{name}.s" in shapes else stored[name]
-        for key, tensor in layer.state_dict().items():
-            full = f"{module_name}.{key}"
-            if full not in shapes and key == "weight":
-                continue  # empty: Accelerate's files leave it out
-            if full not in shapes:
-                raise ValueError(f"{listed}: tensor {full!r} is missing")
-            file, shape = shapes[full]
-            if list(tensor.shape) != shape:
-                raise ValueError(
-                    f"{file}: tensor {full!r} has shape {shape}, config.json requires {list(tensor.shape)}"
-                )
 
 
 def _check_loaded(name: str, layer: KronLinear) -> None:

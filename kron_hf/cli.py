@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,9 +80,11 @@ def _summary(options: argparse.Namespace) -> None:
 
 def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
-    from transformers import AutoConfig
+    from huggingface_hub import constants
 
+    from kron_hf.escaping import one_line
     from kron_hf.model import model_class_for
+    from kron_hf.reading import clean_errors, read_config
 
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
@@ -90,14 +92,19 @@ def _load(name: str) -> "PreTrainedModel":
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config: Any = read_config(name)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        if Path(name).is_dir():
+            raise
+        reason = one_line(str(error)).replace(constants.HF_HUB_CACHE, "the cache")
         raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
-    method = getattr(config, "quantization_config", None) or {}
-    if (method.get("quant_method") if isinstance(method, dict) else method.quant_method) != "kron":
+    method = getattr(config, "quantization_config", None)
+    if not isinstance(method, dict) or method.get("quant_method") != "kron":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
-    return model_class_for(config, with_head=False).from_pretrained(name)
+    model_class = model_class_for(config, with_head=False)
+    with clean_errors(name):
+        # Where a config names no dtype transformers would read it from the weights, before they are checked.
+        return model_class.from_pretrained(name, dtype=config.dtype or "float32", use_safetensors=True)
 
 
 def _write(text: str) -> None:
@@ -106,8 +113,10 @@ def _write(text: str) -> None:
 
 
 def _fail(message: str) -> int:
+    from kron_hf.escaping import one_line
+
     if os.environ.get("RANK", "0") == "0":  # one of many processes speaks
-        sys.stderr.write(f"kron-hf: error: {message.strip()}\n")
+        sys.stderr.write(f"kron-hf: error: {one_line(message)}\n")
     return 1
 
 

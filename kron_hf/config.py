@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal, Self
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
+from kron_hf.escaping import shown
 from kron_hf.module_map import ModuleMap, checked_module_map
 from kron_hf.peft_type import kron_peft_type
 
@@ -80,15 +81,17 @@ class KronConfig(PeftConfig):
         if "peft_type" in kwargs:
             _check_version(kwargs.get("format_version", FORMAT_VERSION))
             if unknown := sorted(kwargs.keys() - {item.name for item in fields(cls)}):
-                raise ValueError(f"this adapter_config.json has keys that this kron_hf does not know: {unknown!r:.200}")
+                raise ValueError(f"this adapter_config.json has keys that this kron_hf does not know: {shown(unknown)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(f"Invalid task type: {shown(self.task_type)}; it must be None or one of {[*TaskType]}")
         super().__post_init__()
         # JSON gives a plain string, Python code nothing or the enum's member.
         self._from_file = type(self.peft_type) is str
         if self.peft_type not in (None, kron_peft_type()):
-            raise ValueError(f"KronConfig needs peft_type 'KRON', got {self.peft_type!r:.80}")
+            raise ValueError(f"KronConfig needs peft_type 'KRON', got {shown(self.peft_type)}")
         self.peft_type = kron_peft_type()
         _check_version(self.format_version)
         self.block_size = _checked_block_size("block_size", self.block_size)
@@ -98,7 +101,7 @@ class KronConfig(PeftConfig):
         if isinstance(self.base_model_name_or_path, PathLike):
             self.base_model_name_or_path = fspath(self.base_model_name_or_path)
         if self.init_weights not in INIT_WEIGHTS:
-            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r:.200}")
+            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {shown(self.init_weights)}")
         self._check_modules()
         self._check_inherited()
 
@@ -122,15 +125,15 @@ class KronConfig(PeftConfig):
     def _check_names(self) -> None:
         regex = not self._from_file
         self.block_size_pattern = {
-            name: _checked_block_size(f"block_size_pattern[{name!r:.200}]", size)
+            name: _checked_block_size(f"block_size_pattern[{shown(name)}]", size)
             for name, size in _checked_pattern("block_size_pattern", self.block_size_pattern, regex).items()
         }
         for name, rank in _checked_pattern("rank_pattern", self.rank_pattern, regex).items():
-            _checked_rank(f"rank_pattern[{name!r:.200}]", rank)
+            _checked_rank(f"rank_pattern[{shown(name)}]", rank)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             setattr(self, name, _checked_names(name, getattr(self, name), regex))
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be None or a list of names, got {self.modules_to_save!r:.200}")
+            raise ValueError(f"modules_to_save must be None or a list of names, got {shown(self.modules_to_save)}")
         self.modules_to_save = _checked_names("modules_to_save", self.modules_to_save, regex)  # type: ignore[assignment]
 
     def _check_layer_selection(self) -> None:
@@ -150,28 +153,28 @@ class KronConfig(PeftConfig):
     def _check_inherited(self) -> None:
         """What PEFT's own fields hold, which it does not check itself."""
         if not isinstance(self.inference_mode, bool):
-            raise ValueError(f"inference_mode must be a bool, got {self.inference_mode!r:.80}")
+            raise ValueError(f"inference_mode must be a bool, got {shown(self.inference_mode)}")
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             if not isinstance(value := getattr(self, name), str | None):
-                raise ValueError(f"{name} must be None or a string, got {value!r:.80}")
+                raise ValueError(f"{name} must be None or a string, got {shown(value)}")
         if not isinstance(self.auto_mapping, dict | None):
-            raise ValueError(f"auto_mapping must be None or a dict, got {self.auto_mapping!r:.80}")
+            raise ValueError(f"auto_mapping must be None or a dict, got {shown(self.auto_mapping)}")
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> KronConfig:
         """Builds the config from its own JSON keys; this class is the only one with `peft_type` "KRON"."""
         found = kwargs.setdefault("peft_type", "KRON")
         if found != "KRON":
-            raise ValueError(f"this adapter_config.json has peft_type {found!r:.80}; KronConfig needs 'KRON'")
+            raise ValueError(f"this adapter_config.json has peft_type {shown(found)}; KronConfig needs 'KRON'")
         return cls(**kwargs)
 
 
 def _check_version(value: Any) -> None:
     if not _is_int(value) or value < 1:
-        raise ValueError(f"format_version must be an int of at least 1, got {value!r:.80}")
+        raise ValueError(f"format_version must be an int of at least 1, got {shown(value)}")
     if value > FORMAT_VERSION:
         raise ValueError(
-            f"this adapter_config.json has format_version {value!r:.80}, this kron_hf reads up to {FORMAT_VERSION}; "
+            f"this adapter_config.json has format_version {shown(value)}, this kron_hf reads up to {FORMAT_VERSION}; "
             "upgrade kron_hf"
         )
 
@@ -180,28 +183,28 @@ def _checked_block_size(name: str, value: Any) -> BlockSize:
     sizes = (value,) if isinstance(value, int) else value
     pair = not isinstance(value, int)
     if not isinstance(sizes, tuple | list) or (pair and len(sizes) != 2) or not all(map(_is_int, sizes)):
-        raise ValueError(f"{name} must be a positive int or a pair (out, in) of ints, got {value!r:.200}")
+        raise ValueError(f"{name} must be a positive int or a pair (out, in) of ints, got {shown(value)}")
     if any(size < 1 and not (pair and size == -1) for size in sizes):
         raise ValueError(
             f"{name} must be a positive int or a pair of positive ints (-1 in a pair = the whole dimension), "
-            f"got {value!r:.200}"
+            f"got {shown(value)}"
         )
     return (sizes[0], sizes[-1]) if pair else value
 
 
 def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) -> int:
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r:.200}")
+        raise ValueError(f"{name} must be an int of at least 1, got {shown(value)}")
     if block_size is not None:
         block_out, block_in = (block_size, block_size) if isinstance(block_size, int) else block_size
         if block_out > 0 and block_in > 0 and value > block_out * block_in:
-            raise ValueError(f"{name} must be at most bo * bi = {block_out * block_in}, got {value}")
+            raise ValueError(f"{name} must be at most bo * bi = {block_out * block_in}, got {shown(value)}")
     return value
 
 
 def _checked_pattern(name: str, value: Any, regex: bool) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a dict with module names as keys, got {value!r:.200}")
+        raise ValueError(f"{name} must be a dict with module names as keys, got {shown(value)}")
     for key in value if regex else ():
         _check_regex(name, key)
     return value
@@ -217,7 +220,7 @@ def _checked_names(name: str, value: Any, regex: bool) -> list[str] | str | None
     # A set's own order changes from run to run.
     names = sorted(value, key=str) if isinstance(value, set | frozenset) else value
     if not isinstance(names, list | tuple) or not all(isinstance(item, str) for item in names):
-        raise ValueError(f"{name} must be None, a list of module names or a string, got {value!r:.200}")
+        raise ValueError(f"{name} must be None, a list of module names or a string, got {shown(value)}")
     return list(names)
 
 
@@ -225,7 +228,7 @@ def _checked_indices(value: Any) -> list[int] | int | None:
     indices = list(value) if isinstance(value, list | tuple | range) else value
     listed = indices if isinstance(indices, list) else [indices]
     if indices is not None and not all(_is_int(index) and index >= 0 for index in listed):
-        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {value!r:.200}")
+        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {shown(value)}")
     return indices
 
 
@@ -233,7 +236,7 @@ def _check_regex(name: str, value: str) -> None:
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name}: {value!r:.200} is no valid regular expression ({error})") from None
+        raise ValueError(f"{name}: {shown(value)} is no valid regular expression ({error})") from None
 
 
 def _is_int(value: Any) -> bool:

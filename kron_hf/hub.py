@@ -1,5 +1,6 @@
 """`push_to_hub`: a model, its card and its image processor in one commit."""
 
+import json
 import re
 import time
 import warnings
@@ -11,9 +12,10 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
+from peft import PeftModel
 from torch import nn
 
-from kron_hf.model_card import MARKER, write_model_card
+from kron_hf.model_card import MARKER, base_name, write_model_card
 
 __all__ = ["push_to_hub"]
 
@@ -45,7 +47,8 @@ def push_to_hub(
     A card that kron_hf did not write is kept.
 
     Args:
-        model: A model with `save_pretrained`.
+        model: A model with `save_pretrained`, or a `PeftModel`; of that only the adapter is uploaded, and the name of
+            its base model unless that is a local folder.
         repo_id: Repository, `user/name` or `name`; created if there is none.
         processor: Image processor or tokenizer to save beside the model.
         dataset: Data set that the metrics were measured on; needed with them.
@@ -72,6 +75,8 @@ def push_to_hub(
     with TemporaryDirectory() as name:
         folder = Path(name)
         save(folder, max_shard_size=max_shard_size)
+        if isinstance(model, PeftModel) and base_name(model) is None:
+            _leave_out_base(folder / "adapter_config.json")
         if processor is not None:
             processor.save_pretrained(folder)
         card = {"dataset": dataset, "metrics": metrics, "overwrite": True}
@@ -85,6 +90,18 @@ def push_to_hub(
             return _commit(api, folder, full_id, revision, create_pr, commit_message)
 
         return _repeat(attempt, repo_id, once=create_pr)
+
+
+def _leave_out_base(config_file: Path) -> None:
+    """A folder of this machine is of no use to others, and tells whose machine it is."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config["base_model_name_or_path"]:
+        warnings.warn(
+            "the adapter's base model is a local folder, which is not published; who loads the adapter has to know it",
+            stacklevel=3,
+        )
+    config["base_model_name_or_path"] = None
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, create_pr: bool, message: str) -> CommitInfo:
@@ -121,15 +138,23 @@ def _repeat(attempt: Any, repo_id: str, once: bool) -> CommitInfo:
     Safe after a lost answer, too: the next attempt finds its files in place and commits nothing. Only pull requests
     would be opened twice.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     for pause in PAUSES[:1] if once else PAUSES:
         time.sleep(pause)
         try:
             return attempt()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT | {OVERTAKEN}:
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            failure = error
+            if not _is_transient(error):
                 raise
-            failure = error
-        except httpx.TransportError as error:
-            failure = error
+        except RuntimeError as error:  # how huggingface_hub passes on what happened while it uploaded a large file
+            failure = error.__cause__
+            if not isinstance(failure, HfHubHTTPError | httpx.TransportError):
+                raise
+            if not _is_transient(failure):
+                break
     raise ConnectionError(f"the Hub did not take the commit to {repo_id}: {failure}") from failure
+
+
+def _is_transient(error: HfHubHTTPError | httpx.TransportError) -> bool:
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in {OVERTAKEN, *TRANSIENT}

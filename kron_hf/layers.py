@@ -117,11 +117,14 @@ class KronLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, **where))
         # No buffer: it comes and goes in training, and code that pairs buffers (weight averaging) must not see that.
         self.dead_blocks = None
-        self.reset_parameters()
+        if not self.s.is_meta:  # there it draws nothing, slowly
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws factors that give W the variance of `nn.Linear`, `1 / (3 * in_features)`, and a bias as there."""
+        if self.s.is_meta:
+            return  # nothing to draw, and torch takes milliseconds over it, which is most of loading a small model
         self.reset_factors(1 / (3 * self.in_features))
         if self.bias is not None:
             bound = self.in_features**-0.5

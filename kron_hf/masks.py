@@ -52,9 +52,12 @@ def unpack_mask(text: str, like: Tensor) -> Tensor:
     """The mask of `pack_mask`, with the shape of `like` and on its device.
 
     Raises:
-        ValueError: The text is of a mask of another size.
+        ValueError: The text is no base64, or of a mask of another size.
     """
-    packed = base64.b64decode(text)
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError("the sparsity state is malformed: a mask in initial_dead is not base64") from None
     if len(packed) != -(-like.numel() // 8):
         raise ValueError(f"the sparsity state has a mask of {len(packed)} bytes for a layer of {like.numel()} blocks")
     bits = torch.tensor(list(packed), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1

@@ -4,12 +4,14 @@ from typing import Any, TypeVar, overload
 
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
 from kron_hf.config import KronConfig
+from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
+from kron_hf.reading import clean_errors, read_config
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 
@@ -126,22 +128,24 @@ def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: d
             f"{CHOICES}\nor get_kron_model(config, pretrained=False) to train from scratch"
         )
     revision = {} if config.revision is None else {"revision": config.revision}
-    loaded: Any = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **revision, **kwargs)
+    loaded: Any = read_config(name, return_unused_kwargs=True, **revision, **kwargs)
     model_config, unused = loaded
     model_class = auto_class or model_class_for(model_config, with_head="num_labels" in kwargs)
-    if pretrained:
-        return model_class.from_pretrained(name, **revision, **kwargs)
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    return build(model_config, **unused)
+    with clean_errors(name):
+        if pretrained:
+            return model_class.from_pretrained(name, **revision, **kwargs)
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        return build(model_config, **unused)
 
 
 def model_class_for(config: PreTrainedConfig, with_head: bool) -> Any:
     """The class that the checkpoint was saved from, looked up among transformers' model classes only."""
-    name = (config.architectures or [""])[0]
+    listed = config.architectures
+    name = listed[0] if isinstance(listed, list) and listed else ""
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
         raise ValueError(
-            f"the checkpoint's architecture {name!r} is no transformers model for a {type(config).__name__}; pass "
+            f"the checkpoint's architecture {shown(name)} is no transformers model for a {type(config).__name__}; pass "
             "auto_class=, such as auto_class=AutoModelForImageClassification"
         )
     headless = type(config) in MODEL_MAPPING and MODEL_MAPPING[type(config)] is found

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel
 from torch import nn
 
+from kron_hf.escaping import printable
 from kron_hf.summary import kron_summary
 
-__all__ = ["add_usage", "write_model_card"]
+__all__ = ["add_usage", "base_name", "write_model_card"]
 
 MARKER = "<!-- written by kron_hf -->"
 
@@ -55,7 +57,9 @@ def write_model_card(
     name = _public(name or "") or directory.resolve().name
     dataset = dataset and _public(dataset)
     data = _card_data(model, name, dataset, metrics or {})
-    content = f"---\n{data.to_yaml()}\n---\n\n{_body(model, name, dataset, metrics or {})}"
+    # YAML leaves characters as they are that turn the direction of writing.
+    front = printable(data.to_yaml(), keep="\n")
+    content = f"---\n{front}\n---\n\n{_body(model, name, dataset, metrics or {})}"
     ModelCard(content).save(path)
     return path
 
@@ -85,8 +89,12 @@ def _public(name: str) -> str:
 
 
 def _card_data(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> ModelCardData:
-    is_classifier = type(model).__name__.endswith("ForImageClassification")
     options: dict[str, Any] = {"library_name": "transformers", "tags": ["kron_hf", "kronecker", "block-sparse"]}
+    base: nn.Module = model
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        options |= {"library_name": "peft", "base_model": base_name(model)}
+    is_classifier = type(base).__name__.endswith("ForImageClassification")
     if is_classifier:
         options["pipeline_tag"] = "image-classification"
     if metrics and dataset:
@@ -114,15 +122,31 @@ def _body(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str
 
 
 def _usage(model: nn.Module, name: str) -> list[str]:
-    loader = _loader(model)
-    code = (
-        f"import kron_hf  # teaches from_pretrained to build the Kronecker layers\nfrom transformers import {loader}\n"
-    )
+    why = "import kron_hf  # teaches from_pretrained to build the Kronecker layers"
+    if isinstance(model, PeftModel):
+        loader = _loader(model.get_base_model())
+        base = base_name(model) or "the base model"
+        code = (
+            f"{why}\nfrom peft import PeftModel\nfrom transformers import {loader}\n\n"
+            f"base = {loader}.from_pretrained({base!r})\nmodel = PeftModel.from_pretrained(base, {name!r})\n"
+        )
+    else:
+        loader = _loader(model)
+        code = f"{why}\nfrom transformers import {loader}\n\nmodel = {loader}.from_pretrained({name!r})\n"
+    kind = "An adapter that replaces the projections of a transformers model by"
+    if not isinstance(model, PeftModel):
+        kind = "A transformers model whose projections are"
     return [
-        "A transformers model whose projections are [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
+        f"{kind} [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
         "`kron_hf`: `W = sum_i (S * A_i) (x) B_i`. It needs that package to load:",
-        _fenced(f"{code}\nmodel = {loader}.from_pretrained({name!r})\n", "python"),
+        _fenced(code, "python"),
     ]
+
+
+def base_name(model: PeftModel) -> str | None:
+    """The adapted model as a card may name it: the id on the Hub, or None for a folder of this machine."""
+    name = model.peft_config[model.active_adapters[0]].base_model_name_or_path
+    return name if name and _public(name) == name and not Path(name).is_dir() else None
 
 
 def _loader(model: nn.Module) -> str:
@@ -138,6 +162,8 @@ def _fenced(code: str, language: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text as Markdown shows it literally, on one line: no markup, HTML, link or table cell can start in it."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
+    text = re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
+    # GitHub makes links of bare addresses.
+    return text.replace("://", ":&#47;/").replace("www.", "www&#46;").replace("@", "&#64;")

@@ -7,28 +7,35 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kron_hf.escaping import shown
+
 __all__ = ["ModuleMap", "checked_module_map", "localize_names"]
 
+LIMIT = 2**62  # larger numbers would only make long errors
 ModuleMap = dict[str, dict[str, Any]]
 EntryT = TypeVar("EntryT")
 
 
-def checked_module_map(modules: Any) -> ModuleMap:
+def checked_module_map(modules: Any, where: str = "modules") -> ModuleMap:
     """The map, sorted, its block sizes as lists.
+
+    Args:
+        modules: The map.
+        where: What errors call it.
 
     Raises:
         ValueError: It is no such map, or holds a number below 1.
     """
     if not isinstance(modules, dict) or not modules:
-        raise ValueError(f"modules must be None or a non-empty dict, got {modules!r:.80}")
+        raise ValueError(f"{where} must be a non-empty dict, got {shown(modules)}")
     for name, entry in modules.items():
         sizes = entry.get("block_size") if isinstance(entry, dict) else None
         numbers = [*sizes, entry.get("rank")] if isinstance(sizes, list | tuple) and len(sizes) == 2 else []
         well_formed = isinstance(name, str) and name != "" and bool(numbers) and len(entry) == 2
-        if not well_formed or any(type(number) is not int or number < 1 for number in numbers):
+        if not well_formed or any(type(number) is not int or not 1 <= number < LIMIT for number in numbers):
             raise ValueError(
-                f'modules[{name!r:.80}] must be {{"block_size": [out, in], "rank": r}} with positive ints, '
-                f"got {entry!r:.80}"
+                f'{where}[{shown(name)}] must be {{"block_size": [out, in], "rank": r}} with positive ints below '
+                f"2**62, got {shown(entry)}"
             )
     return {
         name: {"block_size": list(entry["block_size"]), "rank": entry["rank"]}
@@ -55,6 +62,6 @@ def localize_names(model: nn.Module, entries: dict[str, EntryT]) -> dict[str, En
                 return renamed
     missing = sorted(entries.keys() - present)
     raise ValueError(
-        f"{type(model).__name__} has no module {missing[0]!r:.80} ({len(missing)} of {len(entries)} are missing); is "
+        f"{type(model).__name__} has no module {shown(missing[0])} ({len(missing)} of {len(entries)} are missing); is "
         "this the model that the adapter was made for?"
     )

@@ -1,7 +1,7 @@
 """A Trainer whose checkpoints are never half-written.
 
 Private methods of transformers' Trainer are overridden in this file and in no other: `_save_checkpoint`,
-`_get_output_dir`, `_push_from_checkpoint`, `_finalize_training`, `_save`.
+`_get_output_dir`, `_push_from_checkpoint`, `_run_epoch`, `_finalize_training`, `_save`.
 """
 
 import os
@@ -43,6 +43,13 @@ class SafeSaving(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(output_dir) or True  # Trainer says so if there is none
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer would take one step too many when it resumes from the last checkpoint of a training by max_steps."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

@@ -76,11 +76,11 @@ def _gather_packed(tensors: Sequence[DTensor], dims: Sequence[int], group: dist.
     flat = torch.zeros(max(totals), dtype=dtype, device=tensors[0].device_mesh.device_type)
     own = torch.cat([part.reshape(-1).to(flat) for part in parts])
     flat[: len(own)] = own
-    packed = flat.new_empty(processes * len(flat))
-    dist.all_gather_into_tensor(packed, flat, group=group)
+    packed = flat.new_empty(processes, len(flat))
+    dist.all_gather(list(packed), flat, group=group)
     by_process = [
         row[:total].split([math.prod(shape[process]) for shape in shapes])
-        for process, (row, total) in enumerate(zip(packed.view(processes, -1), totals, strict=True))
+        for process, (row, total) in enumerate(zip(packed, totals, strict=True))
     ]
     return [
         torch.cat([by_process[p][i].view(shapes[i][p]) for p in range(processes)], dim).to(parts[i])

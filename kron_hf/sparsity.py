@@ -199,8 +199,9 @@ class Sparsifier:
         If layers are sharded (FSDP2), all processes must call it.
 
         Raises:
-            ValueError: The state is of a model with other layers.
+            ValueError: The state is of a model with other layers, or malformed.
         """
+        _check_state(state)
         layers, packed = kron_layers(self._model), state["initial_dead"]
         if len(packed) != len(layers):
             raise ValueError(f"the sparsity state is of {len(packed)} Kronecker layers, this model has {len(layers)}")
@@ -246,3 +247,13 @@ def _check_whole(layers: list[KronLinear]) -> None:
                 f"an S of shape {[layer.out_blocks, layer.in_blocks]} has been flattened to {list(layer.s.shape)}: "
                 "FSDP version 1 and DeepSpeed ZeRO-3 hide the parameters; use fsdp_version 2, or ZeRO-1/2"
             )
+
+
+def _check_state(state: object) -> None:
+    """Says what is wrong with a state that was read from a damaged file."""
+    content = state if isinstance(state, Mapping) else {}
+    masks, step, frozen = (content.get(key) for key in ("initial_dead", "step_count", "frozen"))
+    if not isinstance(masks, list) or not all(mask is None or isinstance(mask, str) for mask in masks):
+        raise ValueError("the sparsity state is malformed: initial_dead must be a list of base64 texts or None")
+    if type(step) is not int or step < 0 or type(frozen) is not bool:
+        raise ValueError("the sparsity state is malformed: step_count must be a count and frozen a bool")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from kron_hf.escaping import plain
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear
 from kron_hf.pruning import block_masks
@@ -182,7 +183,7 @@ def _trained(parameters: Iterable[nn.Parameter]) -> int:
 def _row(layer: LayerSummary) -> tuple[str, ...]:
     ratio = f"{layer.forward_flops / layer.dense_forward_flops:.3f}" if layer.dense_forward_flops else "-"
     return (
-        layer.name,
+        plain(layer.name),
         "" if layer.block_size is None else f"{layer.block_size[0]} x {layer.block_size[1]}",
         "" if layer.rank is None else str(layer.rank),
         "-" if layer.sparsity is None else f"{layer.sparsity:.4f}",

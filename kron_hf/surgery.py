@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
+from kron_hf.escaping import printable
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target, pretrained_parts, refuse_adapters
@@ -92,7 +93,7 @@ def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLi
 def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
     if target.linear.weight.is_meta:
         raise ValueError(
-            f"{target.name}: init_weights='nearest' needs its values, but the weight is on the meta device"
+            f"{printable(target.name)}: init_weights='nearest' needs its values, but the weight is on the meta device"
         )
     layer = KronLinear.like(target.linear, target.block_size, target.rank)
     weight = target.linear.weight.detach()
@@ -108,4 +109,4 @@ def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronL
 def _check_finite(target: Target) -> None:
     weight = target.linear.weight
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{target.name}: its weight holds NaN or infinite values")
+        raise ValueError(f"{printable(target.name)}: its weight holds NaN or infinite values")

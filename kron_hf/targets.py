@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
 from kron_hf.config import BlockSize, KronConfig
+from kron_hf.escaping import printable
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear, resolve_block_size
 from kron_hf.module_map import localize_names
+from kron_hf.weight_reads import weight_reader
 
 __all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refuse_adapters"]
 
@@ -25,12 +28,24 @@ __all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refus
 PROJECTIONS = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "query", "key", "value"),
     *("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "weights_in", "weights_out"),
+    *("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),  # DistilBERT
+    *("projection_query", "projection_key", "projection_value"),  # CvT
+    *("to_query", "to_key"),  # SwiftFormer
+    *("Wqkv", "Wi", "Wo"),  # ModernBERT
 }
-# BERT's style: a plain `dense` is a projection when it stands directly in one of these.
-DENSE_PARENTS = {"intermediate", "output"}
+# Common words are a projection only when they stand directly in one of these.
+PROJECTIONS_WITHIN = {
+    "dense": {"intermediate", "output"},  # BERT's style
+    "dense1": {"mlp"},  # PVT
+    "dense2": {"mlp"},
+    "proj": {"attention", "attn"},  # Hiera, PVTv2, ViTDet
+    "projection": {"self_attn"},  # BLIP
+    "final": {"attn"},  # SwiftFormer
+    "value_proj": {"self_attn", "encoder_attn", "cross_attn"},  # deformable attention, as in Mask2Former
+    "output_proj": {"self_attn", "encoder_attn", "cross_attn"},
+    "linear": {"queries_keys_values", "keys_values", "queries", "projection", "linear_up", "linear_down"},  # LeViT
+}
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# torch modules that read the weights of their linears directly, instead of calling them.
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -65,9 +80,10 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
         try:
             targets.append(_resolve(model, name, module, config, owners))
         except ValueError as error:
+            reason = printable(str(error))
             if named:
-                raise
-            skipped[name] = str(error)
+                raise ValueError(reason) from None
+            skipped[name] = reason
     if not targets:
         raise ValueError(_no_match_message(model, config, list(skipped.values())))
     if skipped:
@@ -111,8 +127,8 @@ def _check_model(model: nn.Module) -> None:
     converted = [name for name, module in model.named_modules() if isinstance(module, KronLinear)]
     if converted:
         raise ValueError(
-            f"the model already has {len(converted)} Kronecker layers (first: {converted[0]}); convert a dense model, "
-            "or turn this one back with kron_hf.to_dense(model) first"
+            f"the model already has {len(converted)} Kronecker layers (first: {printable(converted[0])}); convert a "
+            "dense model, or turn this one back with kron_hf.to_dense(model) first"
         )
     methods = {method for module in model.modules() if (method := _quant_method(module))}
     if "kron" in methods:
@@ -173,8 +189,7 @@ def _default_names(model: nn.Module) -> Iterator[str]:
 def _is_projection(name: str) -> bool:
     *parents, last = name.split(".")
     inside_stack = any(part.isdigit() for part in parents)
-    known = last in PROJECTIONS or (last == "dense" and bool(parents) and parents[-1] in DENSE_PARENTS)
-    return inside_stack and known
+    return inside_stack and (last in PROJECTIONS or parents[-1] in PROJECTIONS_WITHIN.get(last, ()))
 
 
 def _all_linear_names(model: nn.Module) -> Iterator[str]:
@@ -183,7 +198,7 @@ def _all_linear_names(model: nn.Module) -> Iterator[str]:
     for part_name, part in parts.items():
         yield from (_joined(part_name, name) for name in _linear_names_without_head(part))
     outside = [name for name in _linear_names(model) if not any(_is_inside(name, part) for part in parts)]
-    heads = [name for name in outside if not _is_read_directly(model, name)][-1:]
+    heads = [name for name in outside if not weight_reader(model, name)][-1:]
     yield from (name for name in outside if name not in heads or (len(outside) == 1 and not parts))
 
 
@@ -196,7 +211,9 @@ def _linear_names_without_head(model: PreTrainedModel) -> Iterator[str]:
     has_head = model.base_model is not model
     output = model.get_output_embeddings()
     for name in _linear_names(model):
-        if (not has_head or name.startswith(prefix)) and (output is None or model.get_submodule(name) is not output):
+        # Some classes with a head hold no backbone of their own, as CLIPForImageClassification.
+        is_head = not name.startswith(prefix) if has_head else name in SEQ_CLS_HEAD_NAMES
+        if not is_head and (output is None or model.get_submodule(name) is not output):
             yield name
 
 
@@ -212,9 +229,8 @@ def _resolve(
     Raises:
         ValueError: The module cannot be replaced; names it.
     """
-    if _is_read_directly(model, name):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        raise ValueError(f"{name}: {type(parent).__name__} reads its weight directly, so it cannot be replaced")
+    if reader := weight_reader(model, name):
+        raise ValueError(f"{name}: {reader} reads its weight directly, so it cannot be replaced")
     if type(module) is not nn.Linear:
         raise ValueError(f"{name}: only nn.Linear can become a Kronecker layer, this is a {type(module).__name__}")
     if not isinstance(module.weight, nn.Parameter) or module.weight.dtype not in FLOAT_DTYPES:
@@ -233,18 +249,6 @@ def _resolve(
     return Target(name, module, block_size, rank)
 
 
-def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
-    if config.modules is not None:
-        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
-        return (block_out, block_in), rank
-    size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
-    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
-
-
-def _is_read_directly(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), READS_WEIGHTS)
-
-
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter; more than one where parameters or whole modules are shared."""
     owners: dict[int, list[str]] = {}
@@ -253,11 +257,19 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
+    if config.modules is not None:
+        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
+        return (block_out, block_in), rank
+    size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
+    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
+
+
 def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:
     candidates = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
     wanted = "the default target_modules" if config.target_modules is None else f"{config.target_modules!r}"
     reasons = f" ({'; '.join(skipped)})" if skipped else ""
-    shown = ", ".join(candidates) if candidates else "none: the model has no nn.Linear below its root"
+    shown = printable(", ".join(candidates)) if candidates else "none: the model has no nn.Linear below its root"
     return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
 
 
@@ -293,6 +305,6 @@ def _warn_not_cheaper(targets: list[Target]) -> None:
     if dearer:
         warnings.warn(
             f"These modules need as many FLOPs as dense ones or more; take a lower rank or another block size: "
-            f"{', '.join(dearer)}",
+            f"{printable(', '.join(dearer))}",
             stacklevel=5,
         )

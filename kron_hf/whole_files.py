@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kron_hf.escaping import one_line
+
 __all__ = ["discard", "publish_directory", "publish_model", "remove_leftovers", "saving_errors", "unfinished"]
 
 UNFINISHED, DISCARDED = "_unfinished-", "_discarded-"
@@ -86,7 +88,7 @@ def saving_errors(staging: Path, final: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITER_WORDS):
             raise
         shutil.rmtree(staging, ignore_errors=True)
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error))
         raise OSError(
             f"{final} could not be written, is the disk full? ({reason}); what was saved before it is untouched"
         ) from error

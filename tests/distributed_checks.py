@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.placement_types import Shard
+from torch.distributed.tensor.placement_types import Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -188,6 +188,10 @@ def shards(folder):
     spread = [distribute_tensor(t, mesh, [Shard(dim)]) for t, (_, dim) in zip(whole, shapes, strict=True)]
     for tensor, full in zip(spread, whole, strict=True):
         assert torch.equal(local(tensor), shard_of(full, tensor))
+    two_dimensional = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    hybrid = distribute_tensor(whole[0], two_dimensional, [Replicate(), Shard(0)])
+    both = distribute_tensor(whole[3], two_dimensional, [Shard(0), Shard(1)])
+    assert all(torch.equal(*pair) for pair in zip(gather([hybrid, both]), (whole[0], whole[3]), strict=True))
     assert local(spread[1]).numel() == (4 if dist.get_rank() == 0 else 0)
     plain = torch.randn(3)
     with CommDebugMode() as communication:

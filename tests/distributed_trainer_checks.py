@@ -16,6 +16,7 @@ from kron_hf.sharding import gather, is_sharded
 from kron_hf.trainer import KronTrainer
 
 TARGET = 0.6
+TO_TARGET = {"target_sparsity": TARGET}
 STEPS, SAVE_STEPS = 40, 15  # pruned after 10 steps, frozen after 20
 GLOBAL_BATCH = 8
 
@@ -41,13 +42,12 @@ def images(size=32):
     return [{"pixel_values": p, "labels": int(p[0, 0, :4].argmax())} for p in pixels]
 
 
-def trainer(folder, processes, seed=0, model=None, **options):
+def trainer(folder, processes, seed=0, model=None, method=TO_TARGET, **options):
     """The same global batches, whatever the number of processes."""
     options = {"per_device_train_batch_size": GLOBAL_BATCH // processes, "max_steps": STEPS, **options}
-    saving = {"save_strategy": "steps", "save_steps": SAVE_STEPS}
-    args = arguments(folder, **saving, **options)
+    args = arguments(folder, **{"save_strategy": "steps", "save_steps": SAVE_STEPS, **options})
     state_on_cpu(allow_fsdp="fsdp" in options)
-    return KronTrainer(vit(seed) if model is None else model, args, train_dataset=images(), target_sparsity=TARGET)
+    return KronTrainer(vit(seed) if model is None else model, args, train_dataset=images(), **method)
 
 
 def state_on_cpu(allow_fsdp):
@@ -120,6 +120,32 @@ def fsdp2_sharded(folder):
     return train_and_resume(folder, FSDPModule, **fsdp("SHARDED_STATE_DICT"))
 
 
+def fsdp2_l1(folder):
+    """The penalty under FSDP2 equals that under DDP."""
+    runs = []
+    for name, options in (("ddp", {}), ("fsdp2", fsdp("FULL_STATE_DICT"))):
+        runs.append(trainer(folder / name, 2, method={"l1": 0.3}, save_steps=STEPS, **options))
+        runs[-1].train()
+    masks = [block_masks(kron_layers(run.model)) for run in runs]
+    assert all(torch.equal(mask, other) for mask, other in zip(*masks, strict=True))
+    expected = whole_state(runs[0].model)
+    for name, value in whole_state(runs[1].model).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    sparsity = model_sparsity(runs[0].model)
+    assert 0.2 < sparsity < 0.9
+    return {"sparsity": sparsity}
+
+
+def bf16(folder):
+    """Mixed precision of Trainer, over weights in float32."""
+    for wrapper, options in ((DistributedDataParallel, {}), (FSDPModule, fsdp("FULL_STATE_DICT"))):
+        run = trainer(folder / wrapper.__name__, 2, model=vit().float(), bf16=True, save_steps=STEPS, **options)
+        run.train_dataset = [{**row, "pixel_values": row["pixel_values"].float()} for row in images()]
+        run.train()
+        assert_trained_on_two(run, wrapper)
+        assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
 def resume_what_one_process_saved(folder):
     """`folder / "one"` has been written by one process."""
     for at in (15, 30):
@@ -189,7 +215,9 @@ def steps(accelerator, model, optimizer, numbers):
 
 
 ALONE = ["resume_what_one_process_saved", "fsdp2_begins_from_a_pruned_checkpoint"]
-CHECKS = ["ddp", "ddp_accumulated_and_checkpointed", "fsdp2_full", "fsdp2_sharded", "accelerate_state", *ALONE]
+DDP = ["ddp", "ddp_accumulated_and_checkpointed"]
+FSDP2 = ["fsdp2_full", "fsdp2_sharded", "fsdp2_l1"]
+CHECKS = [*DDP, *FSDP2, "bf16", "accelerate_state", *ALONE]
 
 if __name__ == "__main__":
     main(globals())

@@ -1,9 +1,10 @@
 """Runs `kron-hf` commands in forks of one process that has imported everything: `python tests/fork_server.py`.
 
-Reads lines of JSON from stdin, `{"arguments": [...], "log": file}` starts a fork and answers with its pid, `{"wait": pid}`
-answers with its exit status (negative: the signal that killed it).
+Reads lines of JSON from stdin: `{"arguments": [...], "log": file}` starts a fork and answers with its pid;
+`{"wait": pid}` answers with its exit status (negative: the signal that killed it).
 """
 
+import gc
 import json
 import os
 import sys
@@ -11,18 +12,19 @@ from pathlib import Path
 
 
 def preload():
-    import sklearn.datasets
-    import sklearn.model_selection
+    import evaluate
     import torch
     import transformers.models.vit.image_processing_pil_vit
     import transformers.models.vit.modeling_vit
 
     import kron_hf.demo.quiet
+    import kron_hf.metrics.accuracy
     import kron_hf.train.run  # noqa: F401
 
     torch.set_num_threads(1)
-    sklearn.datasets.load_digits()
-    return transformers.models, sklearn.model_selection
+    gc.collect()
+    gc.freeze()  # otherwise each fork's first collection copies the whole heap
+    return evaluate, transformers.models
 
 
 def run(request):
@@ -31,12 +33,6 @@ def run(request):
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    for setting in request.get("limits", []):
-        import resource
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (setting, setting))
     return main(request["arguments"])
 
 

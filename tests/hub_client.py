@@ -25,6 +25,7 @@ class HubClient:
         self.hub, self.home, self.user = hub, home, user
         self.output, self.caches = home / "output.txt", home / "caches"
         self._read, write = os.pipe()
+        self.told: list[str] = []  # errors and warnings of all commands
         self._answers: dict[int, dict] = {}
         self._buffer = b""
         self._count = 0
@@ -75,7 +76,9 @@ class HubClient:
                 assert data, f"the worker ended; it wrote:\n{self.output.read_text()[-3000:]}"
                 *lines, self._buffer = (self._buffer + data).split(b"\n")
                 self._answers |= {answer["id"]: answer for answer in map(json.loads, lines)}
-        return self._answers.pop(number)
+        answer = self._answers.pop(number)
+        self.told += [answer.get("error", ""), *answer.get("warnings", [])]
+        return answer
 
     def run(self, command: str, **options) -> dict:
         return self.wait(self.start(command, **options))

@@ -15,6 +15,7 @@ import warnings
 
 import torch
 from huggingface_hub import HfApi, constants
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -72,6 +73,34 @@ def expected(seed):
     return digest(build(seed))
 
 
+def logits(model):
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(pixels).logits.flatten().tolist()
+
+
+def push_adapter(repo, base, door="kron", local=False):
+    """Returns the logits of the adapted model; `local` takes the base from a folder instead of the Hub."""
+    model = AutoModelForImageClassification.from_pretrained(base)
+    if local:
+        folder = os.path.abspath(f"local-{repo}")  # noqa: PTH100
+        model.save_pretrained(folder)
+        model = AutoModelForImageClassification.from_pretrained(folder)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, KronConfig(block_size=4, rank=2, init_weights="random"))
+    if door == "stock":
+        adapted.push_to_hub(repo)
+    else:
+        kron_hf.push_to_hub(adapted, repo)
+    return logits(adapted)
+
+
+def pull_adapter(repo, base=None):
+    if base is None:
+        return logits(AutoModelForImageClassification.from_pretrained(repo))
+    return logits(PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(base), repo))
+
+
 def from_base(repo, pretrained):
     init = "nearest" if pretrained else None
     config = KronConfig(block_size=4, rank=16, init_weights=init, base_model_name_or_path=repo)
@@ -113,14 +142,16 @@ def train(repo, strategy, trainer="kron", token=False, push_at_end=False):
     return digest(model)
 
 
+def command_line(words):
+    return main(words)
+
+
 def upload(repo, path, text):
     return HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=repo).oid
 
 
-COMMANDS = {
-    function.__name__: function
-    for function in (push, push_dense, pull, expected, from_base, push_with_processor, classify, summary, train, upload)
-}
+NAMES = "push push_dense pull push_adapter pull_adapter expected from_base push_with_processor classify summary"
+COMMANDS = {name: globals()[name] for name in f"{NAMES} train command_line upload".split()}
 
 
 def carry_out(line):

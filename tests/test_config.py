@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_rank_beside_an_open_block_is_left_to_the_layer():
         ("target_modules", "a{99999999999}", "target_modules: .* is no valid regular expression"),
         ("modules_to_save", "classifier", "modules_to_save must be None or a list of names, got 'classifier'"),
         ("modules_to_save", ["classifier", 3], "modules_to_save must be None"),
-        ("modules", ["fc1"], r"modules must be None or a non-empty dict, got \['fc1'\]"),
+        ("modules", ["fc1"], r"modules must be a non-empty dict, got \['fc1'\]"),
         ("modules", {"fc1": {"block_size": [4, 0], "rank": 1}}, r"modules\['fc1'\] must be"),
         ("format_version", 2, "has format_version 2, this kron_hf reads up to 1; upgrade kron_hf"),
         ("format_version", 0, "format_version must be an int of at least 1, got 0"),
@@ -272,3 +274,10 @@ def test_a_pattern_from_a_file_is_not_even_compiled(tmp_path):
 def test_a_stored_config_without_patterns_may_be_used(tmp_path, config):
     config.save_pretrained(str(tmp_path))
     KronConfig.from_pretrained(str(tmp_path)).refuse_stored_patterns()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), replace])
+@pytest.mark.parametrize("config", [KronConfig(), FULL, RESOLVED], ids=["defaults", "full", "resolved"])
+def test_copies_are_equal(config, copied):
+    assert copied(config) == config
+    assert copied(config).peft_type is PeftType.KRON

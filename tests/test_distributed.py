@@ -17,12 +17,10 @@ def more(tmp_path_factory):
 
 @pytest.mark.parametrize("check", distributed_checks.CORE)
 def test_core(core, check):
-    assert check in core, "an earlier check failed"
     assert core[check]["error"] is None, core[check]["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", distributed_checks.MORE)
 def test_more(more, check):
-    assert check in more, "an earlier check failed"
     assert more[check]["error"] is None, more[check]["error"]

@@ -108,8 +108,9 @@ def states(hub, client):
     return states
 
 
-def assert_clear(answer):
-    assert CLEAR & set(answer["kinds"]), answer
+def assert_clear(answer, door="kron"):
+    # huggingface_hub wraps what happens to a large upload in a RuntimeError.
+    assert CLEAR & set(answer["kinds"]) or (door == "stock" and "Error while uploading" in answer["error"]), answer
     assert len(answer["error"].partition(":")[2].strip()) > 10, answer
 
 
@@ -122,7 +123,7 @@ def test_push(hub, client, digests, states, request, door, stage, fault, times):
     answer = client.run("push", repo=REPO, seed=1, door=door, cache=cache)
     assert hub.committed, "the fault did not happen"
     if "error" in answer:
-        assert_clear(answer)
+        assert_clear(answer, door)
         assert hub.files(REPO) in (old, new)
     else:
         assert hub.files(REPO) == new

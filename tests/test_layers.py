@@ -518,6 +518,24 @@ def test_unfreeze_lifts_the_mask():
     assert torch.all(layer.s.grad != 0)
 
 
+def test_freeze_a_given_mask():
+    layer = KronLinear(8, 8, 4, 1)
+    dead = torch.tensor([[True, False], [False, True]])
+    layer.freeze_mask(dead)
+    assert torch.equal(layer.s == 0, dead)
+    assert torch.equal(layer.block_mask, ~dead)
+    dead.fill_(True)
+    assert layer.sparsity == 0.5
+    layer.freeze_mask(torch.zeros(2, 2, dtype=torch.bool))
+    assert layer.dead_blocks is None
+
+
+@pytest.mark.parametrize("dead", [torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2)], ids=["shape", "dtype"])
+def test_freezing_a_wrong_mask_raises(dead):
+    with pytest.raises(ValueError, match=r"dead must be bool of shape \[2, 2\], got torch\.\w+ of shape"):
+        KronLinear(8, 8, 4, 1).freeze_mask(dead)
+
+
 def test_freeze_without_zeros_freezes_nothing():
     layer = KronLinear(8, 12, (3, 2), 2)
     layer.freeze_mask()

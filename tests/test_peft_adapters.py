@@ -1,12 +1,13 @@
 """Making PEFT adapters, and merging them to a dense model."""
 
+import copy
 import json
 
 import pytest
 import torch
 from families import FAMILIES, example_input, outputs_of
 from peft import PeftModel, get_peft_model
-from tiny_peft import DOORS, PEFT_NOISE, adapted, config, load_base, logits, save_base
+from tiny_peft import DOORS, PEFT_NOISE, adapted, config, dead_blocks, load_base, logits, save_base
 
 from kron_hf import KronConfig, KronLinear, get_kron_model, kron_summary
 from kron_hf.pruning import kron_layers
@@ -153,3 +154,15 @@ def test_the_callers_config_stays_as_it_was(base):
     assert repr(mine).replace(repr(base), "None") == before
     assert {entry["rank"] for entry in model.peft_config["default"].modules.values()} == {1, 2}
     assert get_kron_model(load_base(base), mine) is not None
+
+
+def test_copies_stand_alone(base):
+    model = adapted(base)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    with torch.no_grad():
+        for layer in kron_layers(copied):
+            layer.a.zero_()
+    assert not torch.equal(logits(copied), logits(model))
+    assert all(dead is not None for dead in dead_blocks(copied))
+    assert copied.peft_config == model.peft_config

@@ -71,20 +71,25 @@ def test_modules_to_save_that_peft_would_match_too_widely():
 
 
 def test_a_task_type_trains_and_saves_its_head(tmp_path):
-    model = FAMILIES["bert"]()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FAMILIES["bert"]().save_pretrained(tmp_path / "base")
+    model = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base")
     inputs = example_input(model)
-    adapter = get_peft_model(model, KronConfig(block_size=8, rank=1, task_type="SEQ_CLS"))
+    options = {"block_size": 8, "rank": 1, "init_weights": "random", "task_type": "SEQ_CLS"}
+    adapter = get_peft_model(model, KronConfig(**options))
     assert isinstance(adapter, peft.PeftModelForSequenceClassification)
     assert adapter.get_base_model().classifier.modules_to_save["default"].weight.requires_grad
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.01 * parameter.requires_grad)
-    adapter.save_pretrained(tmp_path)
-    assert any(".classifier." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-    fresh = type(model)(model.config)
-    fresh.load_state_dict(state)
-    assert torch.equal(outputs_of(PeftModel.from_pretrained(fresh, tmp_path), inputs), outputs_of(adapter, inputs))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert any(".classifier." in name for name in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    fresh = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    for loaded in (
+        PeftModel.from_pretrained(fresh, tmp_path / "adapter"),
+        peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
+        hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter"),
+    ):
+        assert torch.equal(outputs_of(loaded, inputs), outputs_of(adapter, inputs))
 
 
 def test_generation_with_a_causal_model(tmp_path):

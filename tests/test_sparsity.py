@@ -341,6 +341,13 @@ def test_bad_options_raise(options, message):
         Sparsifier(TinyKron(), **{"target_sparsity": 0.5, "total_steps": STEPS, **options})
 
 
+def test_flattened_parameters_raise():
+    model = TinyKron()
+    model.fc1.s = nn.Parameter(model.fc1.s.detach().flatten())  # as FSDP version 1 leaves it
+    with pytest.raises(ValueError, match=r"S of shape \[8, 4\] has been flattened to \[32\].*use fsdp_version 2"):
+        Sparsifier(model, target_sparsity=0.5, total_steps=STEPS)
+
+
 def test_a_model_without_kronecker_layers_raises():
     with pytest.raises(ValueError, match="Linear has no KronLinear layers"):
         Sparsifier(nn.Linear(4, 4), target_sparsity=0.5, total_steps=STEPS)

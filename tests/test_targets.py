@@ -78,41 +78,6 @@ def test_default_is_the_projections_of_a_backbone(family):
     assert sorted(names(backbone)) == sorted(projections(family, prefix=False))
 
 
-def swinv2():
-    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]}
-    return hf.Swinv2ForImageClassification(hf.Swinv2Config(**sizes, window_size=2))
-
-
-def siglip():
-    return hf.SiglipVisionModel(hf.SiglipVisionConfig(**VIT_SIZES))
-
-
-def dinov3():
-    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT_SIZES, use_gated_mlp=True))
-
-
-@pytest.mark.parametrize(
-    ("build", "suffixes", "layer"),
-    [
-        (swinv2, {*BERT, "output.dense"}, r"swinv2\.encoder\.layers\.\d\.blocks\.0\."),
-        (
-            siglip,
-            {*(f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "out_proj")), *MLP},
-            r"encoder\.layers\.\d\.",
-        ),
-        (dinov3, {*ATTENTION, *SWIGLU}, r"model\.layer\.\d\."),
-    ],
-    ids=["swinv2", "siglip", "dinov3"],
-)
-def test_default_leaves_position_mlps_patch_merging_and_pooling_heads(build, suffixes, layer):
-    model = build()
-    chosen = names(model)
-    assert len(chosen) == 2 * len(suffixes)
-    assert {re.sub(f"^{layer}", "", name) for name in chosen} == suffixes
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert len(linears) > len(chosen) or build is dinov3  # there was something to leave
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_is_all_but_the_output_head(family):
     expected = projections(family) + OTHER_LINEARS.get(family, [])

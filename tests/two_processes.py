@@ -30,11 +30,21 @@ def run(script, checks, folder, timeout):
         timeout=timeout,
         check=False,
     )
-    reports = [folder / f"rank{rank}.json" for rank in range(RANKS)]
-    assert all(report.exists() for report in reports), done.stdout[-2000:] + done.stderr[-6000:]
-    first, second = (json.loads(report.read_text()) for report in reports)
-    assert first.keys() == second.keys(), done.stderr[-6000:]
-    return {name: {**first[name], "error": first[name]["error"] or second[name]["error"]} for name in first}
+    files = [folder / f"rank{rank}.json" for rank in range(RANKS)]
+    reports = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    results = {}
+    for name in checks:
+        own = [report[name] for report in reports if name in report]
+        errors = [result["error"] for result in own if result["error"] is not None]
+        if len(own) < RANKS:  # not reached after an earlier error, or one rank hung or died in it
+            errors.append(f"finished on {len(own)} of {RANKS} ranks: {done.stderr[-4000:]}")
+        results[name] = {
+            "figures": None,
+            "seconds": None,
+            **(own[0] if own else {}),
+            "error": "\n".join(errors) or None,
+        }
+    return results
 
 
 def main(functions):
@@ -55,9 +65,9 @@ def main(functions):
         except Exception:
             result["error"] = f"rank {dist.get_rank()}: {traceback.format_exc()}"
         results[name] = {**result, "seconds": round(time.monotonic() - began, 2)}
+        (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
         failed = torch.tensor(int(result["error"] is not None))
         dist.all_reduce(failed)
         if failed:
             break  # the ranks may no longer be at the same place
-    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ from typing import Any
 from kron_hf.data.grey import load_grey_set
 from kron_hf.data.idx import holds_idx_files
 from kron_hf.data.splits import ArrayImages, ImageSplits, LabelledImages, StoredImages, hold_out
+from kron_hf.escaping import one_line
 
 __all__ = ["load_splits"]
 
@@ -124,12 +125,12 @@ def _load(source: str, config_name: str | None, revision: str | None, token: str
             return _by_name(datasets.load_from_disk(str(folder)))
         loaded = datasets.load_dataset(source, config_name, revision=revision, token=token)
     except DatasetGenerationError as error:
-        raise ValueError(f"--dataset {source} cannot be read: {error.__cause__ or error}") from error
+        raise ValueError(f"--dataset {source} cannot be read: {one_line(str(error.__cause__ or error))}") from error
     except (OSError, DatasetsError, ValueError) as error:
         where = (
             "holds no images that can be read" if folder.is_dir() else "is no folder here, nor could the Hub give it"
         )
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error))
         raise OSError(f"--dataset {source} {where}: {reason}") from error
     return _by_name(loaded)
 

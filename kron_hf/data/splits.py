@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from kron_hf.escaping import one_line
+
 __all__ = ["ArrayImages", "ImageSplits", "LabelledImages", "StoredImages", "hold_out"]
 
 SPLIT_SEED = 0  # as in the grey sets: splits are part of the data, so no run may draw others
@@ -43,11 +45,11 @@ class StoredImages:
             raise ValueError(f"image {index} in column {self.column!r} is missing (null)")
         name = repr(stored["path"]) if stored["path"] else f"number {index} in column {self.column!r}"
         try:
-            image = Image.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-            image.load()
+            with Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {name} cannot be read: {error}") from error
-        return ImageOps.exif_transpose(image)
+            raise ValueError(f"image {name} cannot be read: {one_line(str(error))}") from error
 
 
 @dataclass(frozen=True)

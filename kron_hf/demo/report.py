@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kron_hf.escaping import plain
 from kron_hf.pruning import kron_layers
 
 __all__ = ["comparison_table", "draw_masks", "named_masks", "save_mask_picture"]
@@ -82,7 +83,7 @@ def _columns(picture: list[str]) -> int:
 def _label(name: str) -> str:
     """`vit.layers.0.mlp.fc1` as `0 fc1`, to fit over its picture."""
     parts = name.split(".")
-    return " ".join([*(part for part in parts[:-1] if part.isdigit()), parts[-1]])
+    return plain(" ".join([*(part for part in parts[:-1] if part.isdigit()), parts[-1]]))
 
 
 def save_mask_picture(model: nn.Module, path: Path) -> None:
@@ -101,7 +102,7 @@ def save_mask_picture(model: nn.Module, path: Path) -> None:
         axes = figure.add_subplot(rows, columns, index + 1)
         picture = mask.float().numpy()
         axes.imshow(picture, cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest", aspect=block_out / block_in)
-        axes.set_title(f"{_label(name)}\nsparsity {1 - picture.mean():.2f}", fontsize=8)
+        axes.set_title(f"{_label(name)}\nsparsity {1 - picture.mean():.2f}", fontsize=8, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.savefig(path, dpi=100)

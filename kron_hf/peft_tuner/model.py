@@ -23,6 +23,7 @@ from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, isfinite, nn
 
 from kron_hf.config import KronConfig
+from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
 from kron_hf.model import init_method
 from kron_hf.peft_tuner.layer import KronTunerLayer, StoredKronLinear, refuse
@@ -187,7 +188,7 @@ class KronModel(BaseTuner):
                 )
         extra = [key for key in remapped.keys() - expected.keys() if f".{cls.prefix}layers." in key]
         if extra:
-            raise ValueError(f"the adapter's weights hold {min(extra)!r:.200}, which its config does not name")
+            raise ValueError(f"the adapter's weights hold {shown(min(extra))}, which its config does not name")
         return remapped
 
     @classmethod

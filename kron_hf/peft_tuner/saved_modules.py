@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from kron_hf.config import KronConfig
+from kron_hf.escaping import shown
 from kron_hf.targets import names_to_save
 
 __all__ = ["check_saved_modules"]
@@ -42,11 +43,11 @@ def check_saved_modules(model: nn.Module, config: KronConfig, replaced: Iterable
 def _check_absent(model: nn.Module, config: KronConfig, entry: str) -> None:
     """PEFT's classes for tasks add names of heads that few models have; a backbone lacks the head that was saved."""
     if config.modules is None and config.task_type is None:
-        raise ValueError(f"modules_to_save: {entry!r:.200} names no module of the model")
+        raise ValueError(f"modules_to_save: {shown(entry)} names no module of the model")
     prefix = getattr(model, "base_model_prefix", "")
     present = {name for name, _ in model.named_modules()}
     if prefix and {entry.removeprefix(f"{prefix}."), f"{prefix}.{entry}"} & present:
         raise ValueError(
-            f"modules_to_save: the adapter stores {entry!r:.200}, which {type(model).__name__} names otherwise; load "
+            f"modules_to_save: the adapter stores {shown(entry)}, which {type(model).__name__} names otherwise; load "
             "the adapter into the class that it was made for"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
-from kron_hf.metrics import ACCURACY
+from kron_hf.escaping import one_line
 
 __all__ = ["load_metric"]
 
@@ -25,12 +25,14 @@ def load_metric(name: str | None, options: str | None) -> tuple[str, Callable[[E
     """
     import evaluate
 
+    from kron_hf.metrics.accuracy import Accuracy
+
     given = _parsed(options)
     try:
-        # In memory: files in the cache would have to be shared by processes.
-        metric = evaluate.load(name or ACCURACY, keep_in_memory=True)
+        # In memory: processes would have to share the files. Our own needs no copy in evaluate's cache either.
+        metric = Accuracy(keep_in_memory=True) if name is None else evaluate.load(name, keep_in_memory=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error))
         raise OSError(f"--metric {name} could not be loaded: {reason}") from error
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -39,7 +41,7 @@ def load_metric(name: str | None, options: str | None) -> tuple[str, Callable[[E
         assert results is not None
         return {key: float(np.asarray(value)) for key, value in results.items() if np.ndim(value) == 0}
 
-    return metric.name, compute
+    return str(metric.name), compute
 
 
 def _parsed(options: str | None) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from kron_hf.config import KronConfig
 from kron_hf.data.examples import check_channels
+from kron_hf.escaping import one_line
 from kron_hf.model import get_kron_model
 from kron_hf.pruning import kron_layers
+from kron_hf.reading import clean_errors, read_config
 from kron_hf.train.arguments import KronOptions, ModelOptions
 
 __all__ = ["build_image_processor", "build_model", "model_channels"]
@@ -31,6 +33,7 @@ def build_model(
         ValueError: Options do not fit the model, or its head the classes.
     """
     config = _config(options, token)
+    model_channels(config)
     kronecker = _quant_method(config) == "kron"
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
     if options.from_scratch:
@@ -49,14 +52,16 @@ def build_model(
         )
     if not options.ignore_mismatched_sizes:
         _check_head(options, config, label_names)
-    model = AutoModelForImageClassification.from_pretrained(
-        str(options.model),
-        revision=options.model_revision or "main",
-        token=token,
-        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-        dtype=torch.float32,  # optimizers need it; --bf16 and --fp16 cast where they may
-        **labels,
-    )
+    with clean_errors(str(options.model)):
+        model = AutoModelForImageClassification.from_pretrained(
+            str(options.model),
+            revision=options.model_revision or "main",
+            token=token,
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            dtype=torch.float32,  # optimizers need it; --bf16 and --fp16 cast where they may
+            use_safetensors=True,
+            **labels,
+        )
     return model if kron_layers(model) else get_kron_model(model, KronConfig(**kron.conversion()))
 
 
@@ -113,9 +118,9 @@ def _config(options: ModelOptions, token: str | None) -> Any:
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise NotADirectoryError(f"--model {name}: there is no such directory")
     try:
-        return AutoConfig.from_pretrained(name, revision=options.model_revision or "main", token=token)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        return read_config(name, revision=options.model_revision or "main", token=token)
+    except OSError as error:
+        reason = one_line(str(error))
         raise OSError(f"--model {name} is no saved model here, nor could the Hub give it: {reason}") from error
 
 
@@ -132,7 +137,7 @@ def _from_config(options: ModelOptions, config: Any, labels: dict[str, Any]) -> 
     try:
         return AutoModelForImageClassification.from_config(config)
     except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(str(error).partition("\n")[0])
         raise ValueError(f"no image classifier can be built from a {type(config).__name__}: {reason}") from error
 
 

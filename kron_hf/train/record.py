@@ -9,7 +9,7 @@ from typing import Any
 from kron_hf.train.parser import Options
 from kron_hf.whole_files import discard, remove_leftovers
 
-__all__ = ["RunRecord", "prepare_output_dir"]
+__all__ = ["RunRecord", "check_output_dir"]
 
 FILE = "_kron_train.json"  # Trainer pushes nothing that begins with an underscore
 # What changes the trained model; anything else may differ when a run goes on.
@@ -26,27 +26,30 @@ class RunRecord:
     """The settings of the run in an output directory and, once it is finished, its figures."""
 
     def __init__(self, output_dir: Path, settings: dict[str, Any], results: dict[str, float] | None = None) -> None:
-        self.path, self.settings, self.results = output_dir / FILE, settings, results
+        self.output_dir, self.settings, self.results = output_dir, settings, results
+
+    def begin(self, *, overwrite: bool) -> None:
+        """Marks the directory as that of this run, after removing an earlier one if that is to be overwritten."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if overwrite and (self.output_dir / FILE).is_file():
+            _remove_run(self.output_dir)
+        self._write()
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as finished."""
         self.results = results
-        self.write()
+        self._write()
 
-    def write(self) -> None:
-        """Writes the record, whole or not at all."""
+    def _write(self) -> None:
+        """Whole or not at all."""
         content = {"settings": self.settings, "results": self.results}
-        partial = self.path.with_name(f"{FILE}.partial")
+        partial = self.output_dir / f"{FILE}.partial"
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        partial.replace(self.output_dir / FILE)
 
 
-def prepare_output_dir(options: Options, *, is_main: bool) -> RunRecord:
-    """Checks that the output directory is empty or holds this very run, and marks it.
-
-    Args:
-        options: All options; `--overwrite` removes an earlier run.
-        is_main: Whether this process may write.
+def check_output_dir(options: Options) -> RunRecord:
+    """Checks that the output directory is empty, or holds this very run, or is to be overwritten; changes nothing.
 
     Raises:
         FileExistsError: The directory is a file, or holds something else.
@@ -56,34 +59,25 @@ def prepare_output_dir(options: Options, *, is_main: bool) -> RunRecord:
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"the output directory {output_dir} is a file")
     file, settings = output_dir / FILE, _settings(options)
-    known = file.is_file()
-    if not known and output_dir.is_dir() and any(not path.name.startswith(FILE) for path in output_dir.iterdir()):
-        raise FileExistsError(
-            f"the output directory {output_dir} is not empty and was not written by kron-hf train; name another one"
-        )
-    if known and options.run.overwrite and is_main:
-        _remove_run(output_dir)
-        known = False
-    if known and not options.run.overwrite:
-        return _earlier_run(output_dir, settings)
-    record = RunRecord(output_dir, settings)
-    if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        record.write()
-    return record
-
-
-def _earlier_run(output_dir: Path, settings: dict[str, Any]) -> RunRecord:
-    content = json.loads((output_dir / FILE).read_text(encoding="utf-8"))
-    before = content["settings"]
-    changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed:
+    if not file.is_file():
+        if output_dir.is_dir() and any(not path.name.startswith(FILE) for path in output_dir.iterdir()):
+            raise FileExistsError(
+                f"the output directory {output_dir} is not empty and was not written by kron-hf train; name another one"
+            )
+        return RunRecord(output_dir, settings)
+    if options.run.overwrite:
+        return RunRecord(output_dir, settings)
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name in settings if settings[name] != earlier["settings"].get(name)]
+    # Without a checkpoint there is nothing to go on with, so nothing to protect.
+    if changed and (earlier["results"] is not None or any(output_dir.glob("checkpoint-*"))):
+        before = earlier["settings"]
         shown = [f"--{name.replace('_', '-')} {before.get(name)!r}, now {settings[name]!r}" for name in changed[:5]]
         raise ValueError(
             f"{output_dir} holds a run with other settings ({'; '.join(shown)}); repeat that command to go on with it, "
             "pass --overwrite to start anew, or name another --output-dir"
         )
-    return RunRecord(output_dir, before, content["results"])
+    return RunRecord(output_dir, settings, earlier["results"])
 
 
 def _remove_run(output_dir: Path) -> None:

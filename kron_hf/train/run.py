@@ -16,12 +16,15 @@ from kron_hf.train.arguments import METRIC, CommandArguments
 from kron_hf.train.metric import load_metric
 from kron_hf.train.model import build_image_processor, build_model, model_channels
 from kron_hf.train.parser import Options, parse_options
-from kron_hf.train.record import prepare_output_dir
+from kron_hf.train.record import check_output_dir
 from kron_hf.train.trainer import CommandTrainer, EpochCallback
 
 __all__ = ["run_train"]
 
-NO_FIGURES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "sparsity")
+NO_FIGURES = (
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+    *("epoch", "sparsity"),
+)
 
 
 def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) -> dict[str, float]:
@@ -47,13 +50,16 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
         results = _measure(trainer, splits, training)
         tell(_shown(results))
         return results
-    with training.main_process_first(local=False, desc="output directory"):
-        record = prepare_output_dir(options, is_main=is_main)
+    record = check_output_dir(options)
     if record.results is not None:
         tell(f"{training.output_dir} holds this run, finished: {_shown(record.results)}. --overwrite starts it anew.")
         return record.results
-    checkpoint = _checkpoint(training)
+    checkpoint = None if options.run.overwrite else _checkpoint(training)
     trainer, splits = _set_up(options, tell)
+    # Only now: a command that failed before leaves nothing behind.
+    if is_main:
+        record.begin(overwrite=options.run.overwrite)
+    trainer.accelerator.wait_for_everyone()
     if checkpoint is not None:
         tell(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,0 +1,138 @@
+"""The weight files of a Kronecker checkpoint, checked by their headers before anything is allocated."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from kron_hf.escaping import one_line, plain, shorten, shown
+from kron_hf.layers import KronLinear
+
+__all__ = ["StoredTensor", "check_dtypes", "check_layers", "check_unmapped", "read_headers"]
+
+FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a file says of one tensor."""
+
+    file: str
+    shape: list[int]
+    dtype: str
+
+
+def read_headers(files: list[str], folder: str) -> dict[str, StoredTensor]:
+    """The tensors of all weight files by name.
+
+    Args:
+        files: The weight files.
+        folder: What `from_pretrained` was asked for; a local directory must hold all the files.
+
+    Raises:
+        FileNotFoundError: A file that the index names does not exist.
+        ValueError: A file is no safetensors file, lies elsewhere, or has a tensor with an unprintable name.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in files:
+        _check_place(path, folder)
+        file = _label(path)
+        if not path.endswith(".safetensors"):
+            raise ValueError(f"{file}: Kronecker checkpoints are safetensors files only")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{file}: this file of the checkpoint does not exist")
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    tensor = handle.get_slice(key)
+                    stored[key] = StoredTensor(file, tensor.get_shape(), tensor.get_dtype())
+        except SafetensorError as error:
+            reason = one_line(str(error))
+            raise ValueError(f"{file}: not a readable safetensors file, perhaps truncated ({reason})") from error
+    for key, tensor in stored.items():
+        # transformers logs the names of tensors that it does not know as they are.
+        if not key.isprintable():
+            raise ValueError(f"{tensor.file}: the name of tensor {shown(key)} holds unprintable characters")
+    return stored
+
+
+def check_unmapped(stored: Mapping[str, StoredTensor], mapped: set[str]) -> None:
+    """Refuses files with Kronecker factors that would be ignored.
+
+    Args:
+        stored: What the files hold.
+        mapped: The names of modules in the map, and those in the model that it stands for.
+
+    Raises:
+        ValueError: There are factors of another module.
+    """
+    for key, tensor in stored.items():
+        name = key.removesuffix(".s")
+        if name != key and name not in mapped and {f"{name}.a", f"{name}.b"} <= stored.keys():
+            raise ValueError(
+                f"config.json: {tensor.file} holds Kronecker factors of {shown(name)}, which the map does not name"
+            )
+
+
+def check_layers(
+    stored: Mapping[str, StoredTensor], layers: Mapping[str, KronLinear], names: Mapping[str, str], files: list[str]
+) -> None:
+    """Compares the expected layers with what the files hold.
+
+    Args:
+        stored: What the files hold.
+        layers: The expected layers by their names in the model, on the meta device.
+        names: The names that the map gives them.
+        files: The weight files, for errors.
+
+    Raises:
+        ValueError: A tensor is missing, or has another shape or no floating-point dtype.
+    """
+    for name, layer in layers.items():
+        # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
+        module_name = name if f"{name}.s" in stored else names[name]
+        for key, expected in layer.state_dict().items():
+            full = f"{module_name}.{key}"
+            if full not in stored and key == "weight":
+                continue  # empty: Accelerate's files leave it out
+            if full not in stored:
+                listed = shorten(", ".join(map(_label, files)), 300)
+                raise ValueError(f"{listed}: tensor {shown(full)} is missing")
+            _check_tensor(full, stored[full], list(expected.shape))
+
+
+def check_dtypes(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> None:
+    """Refuses integers where the model has floating-point parameters; transformers would load them as they are."""
+    for name, parameter in model.named_parameters():
+        if name in stored and parameter.is_floating_point():
+            _check_dtype(name, stored[name])
+
+
+def _check_tensor(name: str, tensor: StoredTensor, shape: list[int]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{tensor.file}: tensor {shown(name)} has shape {shown(tensor.shape)}, config.json requires {shape}"
+        )
+    _check_dtype(name, tensor)
+
+
+def _check_dtype(name: str, tensor: StoredTensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{tensor.file}: tensor {shown(name)} has dtype {tensor.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
+        )
+
+
+def _check_place(path: str, folder: str) -> None:
+    if not folder or not Path(folder).is_dir():
+        return
+    # Links inside the folder are the user's own; normalised alone, "../" is not.
+    inside, root = os.path.abspath(path), os.path.abspath(folder)  # noqa: PTH100
+    if os.path.commonpath([inside, root]) != root:
+        raise ValueError(f"model.safetensors.index.json: {_label(path)} lies outside of the checkpoint's directory")
+
+
+def _label(path: str) -> str:
+    return plain(Path(path).name)

@@ -1,0 +1,501 @@
+"""Every family: which modules the default converts, round trips, training, and the list in the README."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import readme_families
+import torch
+import transformers as hf
+from families import ALL_FAMILIES, MORE_FAMILIES, example_input, main_output, outputs_of
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kron_hf import KronConfig, KronLinear, get_kron_model, to_dense
+from kron_hf.targets import find_targets
+
+CONFIG = KronConfig(block_size=(4, 8), rank=1)
+
+
+def within(stack: str, *names: str) -> set[str]:
+    return {f"{stack}.{name}" for name in names}
+
+
+# Names of the projections in one layer, by style.
+VIT = [*(f"attention.{letter}_proj" for letter in "qkvo"), "mlp.fc1", "mlp.fc2"]
+CLIP = [*(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2"]
+BERT = [
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
+]
+OLD_VIT = [name.replace("attention.self", "attention.attention") for name in BERT]
+DETR = [*(f"self_attn.{letter}_proj" for letter in "qkvo"), "mlp.fc1", "mlp.fc2"]
+DETR_DECODER = [*DETR, *(f"encoder_attn.{letter}_proj" for letter in "qkvo")]
+PVT = [*BERT[:4], "mlp.dense1", "mlp.dense2"]
+DISTILBERT = [*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"]
+SIGLIP_HEAD = ["head.attention.out_proj", "head.mlp.fc1", "head.mlp.fc2"]
+
+# family: (projections that the default chooses, with * for a number; how many modules; every other nn.Linear)
+EXPECTED: dict[str, tuple[set[str], int, set[str]]] = {
+    "swinv2": (
+        within("swinv2.encoder.layers.*.blocks.*", *BERT),
+        12,
+        within(
+            "swinv2.encoder.layers.*",
+            "blocks.*.attention.self.continuous_position_bias_mlp.*",
+            "downsample.reduction",
+        )
+        | {"classifier"},
+    ),
+    "dinov2-registers": (within("dinov2_with_registers.encoder.layer.*", *VIT), 12, {"classifier"}),
+    "dinov3": (within("model.layer.*", *VIT[:4], "mlp.up_proj", "mlp.down_proj"), 12, set()),
+    "dinov3-gated": (
+        within("model.layer.*", *VIT[:4], "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        14,
+        set(),
+    ),
+    "vit-mae": (
+        within("vit.layers.*", *VIT),
+        12,
+        within("decoder", "decoder_embed", "decoder_pred") | within("decoder.decoder_layers.*", *VIT),
+    ),
+    "vit-mae-encoder": (within("layers.*", *VIT), 12, set()),
+    "data2vec-vision": (within("data2vec_vision.encoder.layer.*", *OLD_VIT), 12, {"classifier"}),
+    "ijepa": (within("ijepa.layers.*", *VIT), 12, {"classifier"}),
+    "hiera": (
+        within("hiera.encoder.stages.*.layers.*", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"),
+        8,
+        {"classifier", "hiera.encoder.stages.*.layers.*.proj"},
+    ),
+    "vitdet": (within("encoder.layer.*", "attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"), 8, set()),
+    "clip": (
+        within("vision_model.encoder.layers.*", *CLIP) | within("text_model.encoder.layers.*", *CLIP),
+        24,
+        {"visual_projection", "text_projection"},
+    ),
+    "clip-vision": (within("encoder.layers.*", *CLIP), 12, set()),
+    "clip-vision-projection": (within("vision_model.encoder.layers.*", *CLIP), 12, {"visual_projection"}),
+    "clip-classifier": (within("vision_model.encoder.layers.*", *CLIP), 12, {"classifier"}),
+    "siglip": (
+        within("vision_model.encoder.layers.*", *CLIP) | within("text_model.encoder.layers.*", *CLIP),
+        24,
+        within("vision_model", *SIGLIP_HEAD) | {"text_model.head"},
+    ),
+    "siglip-vision": (within("encoder.layers.*", *CLIP), 12, set(SIGLIP_HEAD)),
+    "siglip-classifier": (
+        within("vision_model.encoder.layers.*", *CLIP),
+        12,
+        within("vision_model", *SIGLIP_HEAD) | {"classifier"},
+    ),
+    "siglip2-classifier": (
+        within("vision_model.encoder.layers.*", *CLIP),
+        12,
+        within("vision_model", *SIGLIP_HEAD, "embeddings.patch_embedding") | {"classifier"},
+    ),
+    "blip-vision": (
+        within("encoder.layers.*", "self_attn.qkv", "self_attn.projection", "mlp.fc1", "mlp.fc2"),
+        8,
+        set(),
+    ),
+    "yolos": (
+        within("vit.encoder.layer.*", *OLD_VIT),
+        12,
+        {"class_labels_classifier.layers.*", "bbox_predictor.layers.*"},
+    ),
+    "detr": (
+        within("model.encoder.layers.*", *DETR) | within("model.decoder.layers.*", *DETR_DECODER),
+        32,
+        {"class_labels_classifier", "bbox_predictor.layers.*"},
+    ),
+    "maskformer": (
+        within("model.pixel_level_module.encoder.model.encoder.layers.*.blocks.*", *BERT)
+        | within("model.transformer_module.decoder.layers.*", *DETR_DECODER),
+        44,
+        {
+            "class_predictor",
+            "mask_embedder.*.*",
+            "model.pixel_level_module.encoder.model.encoder.layers.*.downsample.reduction",
+        },
+    ),
+    "mask2former": (
+        within("model.pixel_level_module.encoder.swin.encoder.layers.*.blocks.*", *VIT)
+        | within(
+            "model.pixel_level_module.decoder.encoder.layers.*",
+            *("self_attn.value_proj", "self_attn.output_proj", "fc1", "fc2"),
+        )
+        | within("model.transformer_module.decoder.layers.*", *CLIP[:4], "fc1", "fc2"),
+        34,
+        {
+            "class_predictor",
+            "model.pixel_level_module.decoder.encoder.layers.*.self_attn.attention_weights",
+            "model.pixel_level_module.decoder.encoder.layers.*.self_attn.sampling_offsets",
+            "model.pixel_level_module.encoder.swin.encoder.layers.*.downsample.reduction",
+            "model.transformer_module.decoder.layers.*.cross_attn.out_proj",
+            "model.transformer_module.decoder.mask_predictor.mask_embedder.*.*",
+        },
+    ),
+    "segformer": (within("segformer.stages.*.blocks.*", *VIT), 24, {"decode_head.linear_projections.*.proj"}),
+    "segformer-classifier": (within("segformer.stages.*.blocks.*", *VIT), 24, {"classifier"}),
+    "dpt-hybrid": (within("dpt.encoder.layer.*", *OLD_VIT), 24, {"neck.reassemble_stage.readout_projects.*.*"}),
+    "cvt": (
+        within(
+            "cvt.encoder.stages.*.layers.*",
+            *(f"attention.attention.projection_{name}" for name in ("query", "key", "value")),
+            *BERT[3:],
+        ),
+        36,
+        {"classifier"},
+    ),
+    "levit": (
+        within(
+            "levit.encoder.stages.*.layers.*",
+            *(f"{name}.linear" for name in ("queries", "keys_values", "projection")),
+            *(f"module.{name}.linear" for name in ("queries_keys_values", "projection", "linear_up", "linear_down")),
+        ),
+        22,
+        {"classifier.linear"},
+    ),
+    "mobilevit": (within("mobilevit.encoder.layer.*.transformer.layer.*", *OLD_VIT), 54, {"classifier"}),
+    "pvt": (within("pvt.encoder.block.*.*", *PVT), 24, {"classifier"}),
+    "pvt-v2": (
+        within(
+            "pvt_v2.encoder.layers.*.blocks.*",
+            *(f"attention.{name}" for name in ("query", "key", "value", "proj")),
+            *PVT[4:],
+        ),
+        24,
+        {"classifier"},
+    ),
+    "swiftformer": (
+        within(
+            "swiftformer.encoder.network.*.blocks.*",
+            *(f"attn.{name}" for name in ("to_query", "to_key", "proj", "final")),
+        ),
+        16,
+        {"head", "dist_head"},
+    ),
+    "videomae": (within("videomae.encoder.layer.*", *OLD_VIT), 12, {"classifier"}),
+    "vivit": (within("vivit.layers.*", *VIT), 12, {"classifier"}),
+    "ast": (within("audio_spectrogram_transformer.layers.*", *VIT), 12, {"classifier.dense"}),
+    "bert-mlm": (
+        within("bert.encoder.layer.*", *BERT),
+        12,
+        {"cls.predictions.transform.dense", "cls.predictions.decoder"},
+    ),
+    "distilbert": (within("distilbert.transformer.layer.*", *DISTILBERT), 12, {"pre_classifier", "classifier"}),
+    "distilbert-mlm": (
+        within("distilbert.transformer.layer.*", *DISTILBERT),
+        12,
+        {"vocab_transform", "vocab_projector"},
+    ),
+    "roberta": (within("roberta.encoder.layer.*", *BERT), 12, {"classifier.dense", "classifier.out_proj"}),
+    "roberta-mlm": (within("roberta.encoder.layer.*", *BERT), 12, {"lm_head.dense", "lm_head.decoder"}),
+    "electra": (within("electra.encoder.layer.*", *BERT), 12, {"classifier.dense", "classifier.out_proj"}),
+    "modernbert": (
+        within("model.layers.*", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
+        8,
+        {"head.dense", "classifier"},
+    ),
+}
+# DETR's queries start at zero: so do the values of the first self-attention, and what they would pass on.
+NO_GRADIENT = {
+    family: within(f"{decoder}.layers.0", *DETR[:4])
+    for family, decoder in {"detr": "model.decoder", "maskformer": "model.transformer_module.decoder"}.items()
+}
+
+
+def numberless(names) -> set[str]:
+    return {re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names}
+
+
+def chosen_names(model) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Left dense: .* reads its weight directly")
+        return [target.name for target in find_targets(model, CONFIG)]
+
+
+def convert(model):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Left dense: .* reads its weight directly")
+        return get_kron_model(model, CONFIG)
+
+
+def kron_layers(model) -> dict[str, KronLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# Which modules
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_the_default_is_exactly_the_projections(family):
+    model = MORE_FAMILIES[family]()
+    chosen = chosen_names(model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    projections, count, others = EXPECTED[family]
+    assert numberless(chosen) == projections
+    assert len(chosen) == count
+    assert numberless(linears - set(chosen)) == others
+
+
+@pytest.mark.parametrize("family", ["clip-classifier", "siglip-classifier", "siglip2-classifier"])
+def test_all_linear_leaves_the_head_of_a_model_without_a_backbone(family):
+    config = KronConfig(block_size=(2, 8), rank=1, target_modules="all-linear", exclude_modules=r".*head\..*")
+    names = {target.name for target in find_targets(MORE_FAMILIES[family](), config)}
+    assert numberless(names) - EXPECTED[family][0] <= {"vision_model.embeddings.patch_embedding"}
+
+
+def test_a_multihead_attention_in_the_decoder_is_left_with_a_warning_and_refused_by_name():
+    model = MORE_FAMILIES["mask2former"]()
+    with pytest.warns(UserWarning, match=r"cross_attn\.out_proj: MultiheadAttention reads its weight directly"):
+        find_targets(model, CONFIG)
+    with pytest.raises(ValueError, match=r"cross_attn\.out_proj: MultiheadAttention reads its weight directly"):
+        find_targets(model, KronConfig(block_size=4, rank=1, target_modules=["cross_attn.out_proj"]))
+
+
+# Training
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_factor_is_trained_where_the_dense_weight_is(family):
+    model = ALL_FAMILIES[family]()
+    inputs, names = example_input(model), chosen_names(model)
+    backward(model, inputs)
+    trained = {name for name in names if has_gradient(model.get_submodule(name).weight)}
+    assert set(names) - trained == NO_GRADIENT.get(family, set())
+    convert(model)
+    assert list(kron_layers(model)) == names
+    backward(model, inputs)
+    for name, layer in kron_layers(model).items():
+        for factor in (layer.s, layer.a, layer.b):
+            assert has_gradient(factor) == (name in trained), name
+
+
+def backward(model, inputs):
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    main_output(model(**inputs)).square().mean().backward()
+
+
+def has_gradient(parameter) -> bool:
+    assert parameter.grad is None or parameter.grad.isfinite().all()
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+# Round trips
+
+
+# Further ones, whose round trips run with the slow tests.
+SLOW = {
+    "mobilevit",
+    "cvt",
+    "maskformer",
+    "mask2former",
+    "pvt",
+    "pvt-v2",
+    "swiftformer",
+    "hiera",
+    "vitdet",
+    "blip-vision",
+}
+SLOW |= {"videomae", "vivit", "ast", "electra", "modernbert", "data2vec-vision", "ijepa", "siglip2-classifier"}
+
+
+def slowly(families) -> list:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in families]
+
+
+LOAD_ALL = """
+import json, pathlib, sys
+import torch
+from safetensors.torch import load_file
+import kron_hf
+import transformers
+results = {}
+for folder, loader in json.loads(sys.argv[1]).items():
+    inputs = load_file(pathlib.Path(folder) / "example" / "tensors.safetensors")
+    expected = inputs.pop("outputs")
+    model = getattr(transformers, loader).from_pretrained(folder)
+    with torch.no_grad():
+        result = model(**inputs)
+    output = next((result[name] for name in ("logits", "last_hidden_state") if name in result), result.to_tuple()[0])
+    output = output if isinstance(output, torch.Tensor) else output[-1]
+    layers = [m for m in model.modules() if isinstance(m, kron_hf.KronLinear)]
+    results[folder] = {
+        "class": type(model).__name__,
+        "equal": torch.equal(output, expected),
+        "kron": len(layers),
+        "frozen": all(layer.dead_blocks is not None for layer in layers),
+    }
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(request, tmp_path_factory):
+    """For every selected family a converted model with zero blocks, as training leaves them: `(model, folder)`."""
+    root = tmp_path_factory.mktemp("families")
+    models = {}
+    selected = [item for item in request.session.items if "saved" in getattr(item, "fixturenames", ())]
+    names = [
+        item.callspec.params.get("family") if hasattr(item, "callspec") else "clip-classifier" for item in selected
+    ]
+    for family in dict.fromkeys(names):
+        torch.manual_seed(0)
+        model = convert(ALL_FAMILIES[family]()).eval()
+        for layer in kron_layers(model).values():
+            with torch.no_grad():
+                layer.s.copy_(torch.randn_like(layer.s))
+                layer.s[0, 0] = 0
+            layer.freeze_mask()
+        model.save_pretrained(root / family)
+        models[family] = (model, root / family)
+    return models
+
+
+@pytest.fixture(scope="module")
+def fresh_process_results(saved):
+    for model, folder in saved.values():
+        inputs = example_input(model)
+        (folder / "example").mkdir()
+        save_file(
+            inputs | {"outputs": outputs_of(model, inputs).contiguous()}, folder / "example" / "tensors.safetensors"
+        )
+    loaders = {str(folder): ALL_FAMILIES[family].loader for family, (_, folder) in saved.items()}
+    command = [sys.executable, "-c", LOAD_ALL, json.dumps(loaders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", slowly(ALL_FAMILIES))
+def test_round_trip_in_a_fresh_process_is_bit_equal(fresh_process_results, saved, family):
+    model, folder = saved[family]
+    expected = {"class": type(model).__name__, "equal": True, "kron": len(kron_layers(model)), "frozen": True}
+    assert fresh_process_results[str(folder)] == expected
+
+
+@pytest.mark.parametrize("family", slowly(ALL_FAMILIES))
+def test_files_have_the_names_of_the_model(saved, family):
+    model, folder = saved[family]
+    tied = {alias for alias, _ in find_tied(model)}
+    assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys() - tied
+
+
+def find_tied(model) -> list[tuple[str, str]]:
+    first: dict[int, str] = {}
+    names = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    return [(name, first[key]) for name, key in names if first.setdefault(key, name) != name]
+
+
+WITH_BACKBONE = [
+    name
+    for name, family in ALL_FAMILIES.items()
+    if family.loader.startswith("AutoModelFor") and not name.startswith(("clip", "siglip"))
+]
+
+
+@pytest.mark.parametrize("family", slowly(WITH_BACKBONE))
+def test_backbone_and_headed_class_load_each_others_files(tmp_path, saved, family):
+    model, folder = saved[family]
+    inputs = example_input(model.base_model)
+    expected = outputs_of(model.base_model, inputs)
+    backbone = hf.AutoModel.from_pretrained(folder)
+    assert type(backbone) is type(model.base_model)
+    assert_equal(outputs_of(backbone, inputs), expected)
+    backbone.save_pretrained(tmp_path)
+    headed = type(model).from_pretrained(tmp_path)
+    assert_equal(outputs_of(headed.base_model, inputs), expected)
+    assert list(kron_layers(headed)) == list(kron_layers(model))
+
+
+@pytest.mark.parametrize("family", slowly(ALL_FAMILIES))
+def test_to_dense_saves_plain_transformers(tmp_path, saved, family):
+    folder = saved[family][1]
+    model = getattr(hf, ALL_FAMILIES[family].loader).from_pretrained(folder)
+    inputs = example_input(model)
+    expected = outputs_of(model, inputs)
+    assert to_dense(model) is model
+    model.save_pretrained(tmp_path)
+    assert not {"quantization_config", "fusion_config"} & json.loads((tmp_path / "config.json").read_text()).keys()
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not kron_layers(loaded)
+    torch.testing.assert_close(outputs_of(loaded, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+# Classes that hold a part of another class's model
+
+
+def test_the_whole_clip_takes_the_layers_of_its_classifier(saved):
+    model, folder = saved["clip-classifier"]
+    whole = hf.CLIPModel.from_pretrained(folder)
+    assert list(kron_layers(whole)) == list(kron_layers(model))
+    for name, layer in kron_layers(whole).items():
+        assert_equal(layer.state_dict(), model.get_submodule(name).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "message"),
+    [
+        ("clip", "CLIPVisionModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("clip", "CLIPTextModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("siglip", "SiglipVisionModel", "You set `ignore_mismatched_sizes` to `False`"),
+        ("clip-vision-projection", "CLIPVisionModel", "CLIPVisionModel has no module 'vision_model"),
+        ("clip", "CLIPForImageClassification", "CLIPForImageClassification has no module 'text_model"),
+    ],
+    ids=lambda value: value if value.isidentifier() else "",
+)
+def test_a_tower_cannot_be_loaded_out_of_a_converted_pair_and_says_so(saved, family, kind, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        getattr(hf, kind).from_pretrained(saved[family][1])
+
+
+# Trainer's resume loads state dicts by their raw names
+
+
+def test_trainer_resumes_a_family_that_transformers_saves_under_older_names(tmp_path):
+    ALL_FAMILIES["segformer-classifier"]().save_pretrained(tmp_path / "dense")
+    dense = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    dense.save_pretrained(tmp_path / "dense")
+    assert load_file(tmp_path / "dense" / "model.safetensors").keys() != dense.state_dict().keys()
+
+    pixels = example_input(dense)["pixel_values"]
+    data = [{"pixel_values": pixels[index % 2] + index, "labels": index % 2} for index in range(4)]
+
+    def run(name, **resume):
+        model = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+        config = KronConfig(block_size=(4, 8), rank=1, init_weights="random")
+        arguments = hf.TrainingArguments(
+            str(tmp_path / name),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = hf.Trainer(get_kron_model(model, config), arguments, train_dataset=data)
+        trainer.train(**resume)
+        return trainer.model.state_dict()
+
+    whole = run("whole")
+    torch.manual_seed(1)  # the second model starts from other factors
+    assert_equal(run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")), whole)
+
+
+# README
+
+
+def test_readme_lists_what_is_tested():
+    path = Path(__file__).parent.parent / "README.md"
+    message = "README.md differs from the tested families; run `python tests/readme_families.py`"
+    assert readme_families.updated(path.read_text()) == path.read_text(), message

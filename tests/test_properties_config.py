@@ -1,0 +1,101 @@
+"""Random valid values of KronConfig survive JSON; random invalid ones raise ValueError and nothing else."""
+
+import json
+import string
+
+import pytest
+from hypothesis import strategies as st
+from properties import check_all, examples
+
+from kron_hf import KronConfig
+
+# Characters of module names, among them some that mean something in a regular expression.
+NAMES = st.text(string.ascii_letters + string.digits + "_.-$^|é ", min_size=1, max_size=8)
+LISTS = st.lists(NAMES, max_size=4)
+SIZES = st.integers(1, 64)
+BLOCK_SIZES = SIZES | st.tuples(SIZES | st.just(-1), SIZES | st.just(-1))
+
+
+@st.composite
+def valid_arguments(draw):
+    block_size = draw(BLOCK_SIZES)
+    sides = (block_size, block_size) if isinstance(block_size, int) else block_size
+    targets = draw(st.none() | st.just("all-linear") | NAMES | LISTS | LISTS.map(tuple) | st.sets(NAMES, max_size=4))
+    arguments = {
+        "block_size": block_size,
+        "rank": draw(st.integers(1, sides[0] * sides[1] if min(sides) > 0 else 64)),
+        "target_modules": targets,
+        "exclude_modules": draw(st.none() | LISTS | st.sampled_from([r".*\.0\..*", "a|b", "[x]+"])),
+        "block_size_pattern": draw(st.dictionaries(NAMES, BLOCK_SIZES, max_size=3)),
+        "rank_pattern": draw(st.dictionaries(NAMES, st.integers(1, 100), max_size=3)),
+        "init_weights": draw(st.sampled_from([None, "random", "nearest", "calibrated"])),
+        "base_model_name_or_path": draw(st.none() | NAMES),
+        "revision": draw(st.none() | NAMES),
+    }
+    if isinstance(targets, list | tuple):
+        indices = st.integers(0, 20)
+        arguments["layers_to_transform"] = draw(st.none() | indices | st.lists(indices, max_size=3))
+        if arguments["layers_to_transform"] is not None:
+            arguments["layers_pattern"] = draw(st.none() | NAMES | LISTS)
+    return arguments
+
+
+GARBAGE = (
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.complex_numbers()
+    | st.integers(-5, 0)
+    | st.text("*+?[(\\a", max_size=3)
+    | st.binary(max_size=2)
+    | st.lists(st.integers(-3, 3) | st.none() | st.floats(), max_size=3)
+    | st.dictionaries(st.text("*(a", max_size=2) | st.integers(), st.integers(-2, 2) | st.none(), max_size=2)
+    | st.builds(object)
+)
+FIELDS = [
+    *("block_size", "rank", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("block_size_pattern", "rank_pattern", "init_weights"),
+]
+
+
+def through_json(config):
+    return KronConfig.from_peft_type(**json.loads(json.dumps(config.to_dict())))
+
+
+@examples(200, 1500)
+def test_json_round_trip_is_exact(examples, tmp_path):
+    def check(arguments):
+        config = KronConfig(**arguments)
+        again = through_json(config)
+        assert again == config
+        assert repr(again) == repr(config)  # a pair is no list, an int no float
+        config.save_pretrained(tmp_path)
+        assert KronConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+    check_all(check, valid_arguments(), examples)
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")  # Python's own word on patterns as "[["
+@examples(300, 3000)
+def test_garbage_is_refused_by_a_value_error_or_is_a_good_config(examples):
+    refused: dict[str, set[str]] = {}
+
+    def check(case):
+        arguments, field, value = case
+        try:
+            config = KronConfig(**(arguments | {field: value}))
+        except ValueError as error:
+            refused.setdefault(field, set()).add(str(error))
+        else:
+            assert through_json(config) == config
+
+    check_all(check, st.tuples(valid_arguments(), st.sampled_from(FIELDS), GARBAGE), examples)
+    assert refused.keys() == set(FIELDS)
+    # An error names the field, or what it does not go with.
+    companions = {
+        "target_modules": ["layers_to_transform"],
+        "layers_to_transform": ["layers_pattern"],
+        "block_size": ["rank"],
+    }
+    for field, messages in refused.items():
+        assert all(any(name in message for name in [field, *companions.get(field, [])]) for message in messages)
