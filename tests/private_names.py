@@ -62,7 +62,7 @@ OVERRIDDEN = {
     "_process_model_after_weight_loading": "transformers.quantizers.HfQuantizer",
     "_process_model_before_weight_loading": "transformers.quantizers.HfQuantizer",
     **dict.fromkeys(["_determine_best_metric", "_finalize_training", "_get_output_dir"], "transformers.Trainer"),
-    **dict.fromkeys(["_push_from_checkpoint", "_save", "_save_checkpoint"], "transformers.Trainer"),
+    **dict.fromkeys(["_push_from_checkpoint", "_run_epoch", "_save", "_save_checkpoint"], "transformers.Trainer"),
     "_cast_adapter_dtype": "peft.tuners.tuners_utils.BaseTuner",
     "_create_and_replace": "peft.tuners.tuners_utils.BaseTuner",
     "_remap_adapter_state_dict_for_load": "peft.tuners.tuners_utils.BaseTuner",

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_peft import INPUTS, PEFT_NOISE, adapted, logits, save_base
+from tiny_peft import INPUTS, PEFT_NOISE, adapted, logits, quiet_peft, save_base
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 
@@ -64,7 +64,7 @@ print(json.dumps(outcomes))
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     save_base(folder / "base")
-    with pytest.warns(FutureWarning):
+    with quiet_peft():
         model = adapted(folder / "base", modules_to_save=["classifier"])
     model.save_pretrained(folder / "adapter")
     save_file(INPUTS, folder / "inputs.safetensors")

@@ -9,7 +9,7 @@ import torch
 from families import VIT_SIZES
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_peft import PEFT_NOISE, adapted, config, load_base, logits, save_base
+from tiny_peft import PEFT_NOISE, adapted, config, load_base, logits, quiet_peft, save_base
 from transformers import ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, get_kron_model
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    with pytest.warns(FutureWarning):
+    with quiet_peft():
         adapted(base).save_pretrained(folder)
     return folder
 

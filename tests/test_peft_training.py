@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_training_checkpoints import Images, arguments, assert_equal
-from tiny_peft import PEFT_NOISE, adapted, config, dead_blocks, load_base, logits, save_base
-from transformers import Trainer
+from tiny_peft import PEFT_NOISE, adapted, add_adapter, config, dead_blocks, load_base, logits, save_base
+from transformers import Trainer, TrainingArguments
 
 from kron_hf import KronTrainer, SparsityCallback, kron_param_groups
 from kron_hf.pruning import kron_layers, model_sparsity
@@ -130,7 +130,9 @@ def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):
     states = []
     for enabled in (False, True):
         model = build(base)
-        options = {"max_steps": 3, "save_strategy": "no", "activation_checkpointing": enabled}
+        renamed = hasattr(TrainingArguments, "activation_checkpointing")  # in transformers 5.23
+        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        options = {"max_steps": 3, "save_strategy": "no", name: enabled}
         Trainer(model, arguments(tmp_path, **options), train_dataset=Images()).train()
         states.append(adapter_state(model))
     torch.testing.assert_close(states[0], states[1])
@@ -154,8 +156,7 @@ def test_bf16(base, tmp_path, how):
 
 def test_a_transformers_model_with_an_adapter_trains_and_its_checkpoint_loads(base, tmp_path):
     torch.manual_seed(0)
-    model = base_model(base)
-    model.add_adapter(config(modules_to_save=["classifier"]))
+    model = add_adapter(base_model(base), modules_to_save=["classifier"])
     trainer = Trainer(model, arguments(tmp_path, max_steps=8), train_dataset=Images(), callbacks=[sparsity_callback()])
     trainer.train()
     assert model_sparsity(model) == 0.5

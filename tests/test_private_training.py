@@ -131,3 +131,18 @@ def test_push_from_checkpoint(tmp_path):
     trainer.train()
     saving = [call[:2] for call in trainer.calls if call[0] in ("_save", "_push_from_checkpoint")]
     assert saving == [("_save", "checkpoint-1"), ("_push_from_checkpoint", "checkpoint-1")]
+
+
+class Epochs(Trainer):
+    def _run_epoch(self, *args, **kwargs):
+        self.epochs.append((args, kwargs))
+        return super()._run_epoch(*args, **kwargs)
+
+
+@relies_on("transformers", "_run_epoch")
+def test_run_epoch(tmp_path):
+    """Trainer trains each epoch within one call of _run_epoch."""
+    trainer = Epochs(Fit(), arguments(tmp_path, max_steps=-1, num_train_epochs=2), train_dataset=DATA)
+    trainer.epochs = []
+    trainer.train()
+    assert len(trainer.epochs) == 2
