@@ -13,18 +13,17 @@ import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.hub import push_to_hub
-from kron_hf.last_checkpoint import last_checkpoint
 from kron_hf.layers import KronLinear
-from kron_hf.masks import copy_masks
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
-from kron_hf.sparsity import Sparsifier
+from kron_hf.sparsity import Sparsifier, copy_masks
 from kron_hf.summary import kron_summary
 from kron_hf.surgery import to_dense
+from kron_hf.trainer.last_checkpoint import last_checkpoint
 
 if TYPE_CHECKING:
-    from kron_hf.trainer import KronTrainer
+    from kron_hf.trainer.kron_trainer import KronTrainer
 
 __all__ = [
     "KronConfig",
@@ -46,7 +45,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # transformers.Trainer imports datasets, which most uses of this package do not need.
     if name == "KronTrainer":
-        from kron_hf.trainer import KronTrainer
+        from kron_hf.trainer.kron_trainer import KronTrainer
 
         return KronTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from kron_hf.pruning import model_sparsity
-from kron_hf.sparsity import Sparsifier
-from kron_hf.sparsity_options import SparsityOptions
+from kron_hf.sparsity import Sparsifier, SparsityOptions
+from kron_hf.sparsity.pruning import model_sparsity
 
 __all__ = ["SparsityCallback"]
 

@@ -82,9 +82,9 @@ def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
     from huggingface_hub import constants
 
+    from kron_hf.checkpoint.reading import clean_errors, read_config
     from kron_hf.escaping import one_line
     from kron_hf.model import model_class_for
-    from kron_hf.reading import clean_errors, read_config
 
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():

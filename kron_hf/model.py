@@ -8,10 +8,10 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
+from kron_hf.checkpoint.reading import clean_errors, read_config
 from kron_hf.config import KronConfig
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
-from kron_hf.reading import clean_errors, read_config
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 

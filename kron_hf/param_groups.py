@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 __all__ = ["kron_param_groups"]
 

@@ -9,7 +9,7 @@ from torch import nn
 from kron_hf.escaping import plain
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear
-from kron_hf.pruning import block_masks
+from kron_hf.sparsity.pruning import block_masks
 
 __all__ = ["KronSummary", "LayerSummary", "kron_summary"]
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from two_processes import main
 
 from kron_hf import KronLinear, Sparsifier, copy_masks, kron_summary
-from kron_hf.pruning import block_masks, kron_layers, model_sparsity
 from kron_hf.sharding import gather, local, shard_of
+from kron_hf.sparsity.pruning import block_masks, kron_layers, model_sparsity
 
 STEPS = 40  # the ramp starts after step 2, prunes after 10, freezes at 20
 

@@ -11,9 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from two_processes import main
 
 from kron_hf import KronConfig, Sparsifier, get_kron_model
-from kron_hf.pruning import block_masks, kron_layers, model_sparsity
 from kron_hf.sharding import gather, is_sharded
-from kron_hf.trainer import KronTrainer
+from kron_hf.sparsity.pruning import block_masks, kron_layers, model_sparsity
+from kron_hf.trainer.kron_trainer import KronTrainer
 
 TARGET = 0.6
 TO_TARGET = {"target_sparsity": TARGET}

@@ -22,9 +22,9 @@ PRIVATE = {
     # transformers
     "_from_config": "model.py",
     "_hf_peft_config_loaded": "peft_tuner/model.py",
-    "_is_hf_initialized": "checkpoint.py",
-    "_is_quantized": "checkpoint.py",
-    "_weight_conversions": "checkpoint.py",
+    "_is_hf_initialized": "checkpoint/hook.py",
+    "_is_quantized": "checkpoint/hook.py",
+    "_weight_conversions": "checkpoint/hook.py",
     # peft
     "_mark_only_adapters_as_trainable": "peft_tuner/model.py",
     "_remove_adapter_name_from_key": "peft_tuner/model.py",
@@ -43,16 +43,16 @@ UNDOCUMENTED = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peft_tuner/__init__.py",
     "_enable_peft_forward_hooks": "peft_tuner/model.py",
     "check_target_module_exists": "targets.py",
-    "fusion_config": "checkpoint.py",
+    "fusion_config": "checkpoint/hook.py",
     "get_pattern_key": "targets.py",
-    "hf_quantizer": "checkpoint.py",
+    "hf_quantizer": "checkpoint/hook.py",
     "httpx": "hub.py",
-    "optimizer_cls_and_kwargs": "trainer.py",
+    "optimizer_cls_and_kwargs": "trainer/kron_trainer.py",
     "register_peft_method": "peft_tuner/__init__.py",
     "set_additional_trainable_modules": "peft_tuner/model.py",
     "stateful_callbacks": "callbacks.py",
     "unload_and_optionally_merge_module": "peft_tuner/layer.py",
-    "update_attn_implementation": "checkpoint.py",
+    "update_attn_implementation": "checkpoint/hook.py",
 }
 # Private methods that a class here overrides, by the base class that calls them.
 OVERRIDDEN = {

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.cache import check_cached_files
+from kron_hf.checkpoint.cache import check_cached_files
 
 FILES = ["config.json", "model.safetensors"]
 

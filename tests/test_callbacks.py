@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassif
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.model import get_kron_model
-from kron_hf.pruning import kron_layers, model_sparsity
+from kron_hf.sparsity.pruning import kron_layers, model_sparsity
 
 # 40 steps: pruned after step 10, frozen after step 20.
 

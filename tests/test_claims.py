@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import SwinConfig, ViTConfig
 
-from kron_hf.claims import check_config, check_elements
+from kron_hf.checkpoint.claims import check_config, check_elements
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from two_processes import run
 
-from kron_hf.pruning import block_masks, kron_layers, model_sparsity
+from kron_hf.sparsity.pruning import block_masks, kron_layers, model_sparsity
 
 pytestmark = pytest.mark.slow
 

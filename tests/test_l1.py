@@ -1,4 +1,4 @@
-"""The l1 mode of `Sparsifier`: kron_hf.proximal and kron_hf.optimizer_state."""
+"""The l1 mode of `Sparsifier`: kron_hf.sparsity.proximal and kron_hf.sparsity.optimizer_state."""
 
 import copy
 import json
@@ -10,11 +10,11 @@ from transformers import Trainer
 
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.layers import KronLinear
-from kron_hf.optimizer_state import clear_state, rescale_state, step_size
-from kron_hf.proximal import soft_threshold
-from kron_hf.pruning import kron_layers, model_sparsity
 from kron_hf.sparsity import Sparsifier
-from kron_hf.trainer import KronTrainer
+from kron_hf.sparsity.optimizer_state import clear_state, rescale_state, step_size
+from kron_hf.sparsity.proximal import soft_threshold
+from kron_hf.sparsity.pruning import kron_layers, model_sparsity
+from kron_hf.trainer.kron_trainer import KronTrainer
 
 STEPS = 40  # the penalty acts from step 3 on, at 20 the masks freeze
 S_ENTRIES = 32 + 16

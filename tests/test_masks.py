@@ -6,9 +6,9 @@ from tiny_training import TinyKron, masks, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kron_hf.layers import KronLinear
-from kron_hf.masks import copy_masks, pack_mask, unpack_mask
-from kron_hf.pruning import model_sparsity
 from kron_hf.sparsity import Sparsifier
+from kron_hf.sparsity.masks import copy_masks, pack_mask, unpack_mask
+from kron_hf.sparsity.pruning import model_sparsity
 
 
 def test_an_ema_begun_before_the_freeze_takes_the_masks_over():

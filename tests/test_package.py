@@ -14,34 +14,15 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = (
-    *("cache", "factors", "sharding", "ops", "layers", "pruning", "masks", "param_groups"),
-    *("optimizer_state", "proximal", "target_ramp", "sparsity_options", "sparsity"),
-)
+TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "sparsity", "param_groups"),)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {
-        "factors",
-        "metrics",
-        "escaping",
-        "peft_type",
-        "cache",
-        "data",
-        "last_checkpoint",
-        "whole_files",
-        "hidden_token",
-        "sharding",
-        "versions",
-        "weight_reads",
-    },
-    {"module_map", "claims", "ops"},
-    {"config", "layers", "reading"},
-    {"pruning", "param_groups", "checkpoint_files", "targets", "optimizer_state", "masks"},
-    {"checkpoint"},
-    {"sparsity_options", "proximal"},
-    {"target_ramp"},
-    {"sparsity", "surgery"},
-    {"callbacks", "model", "summary", "safe_saving"},
+    {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},
+    {"peft_type", "module_map", "ops"},
+    {"config", "layers"},
+    {"sparsity", "checkpoint", "targets"},
+    {"param_groups", "surgery"},
+    {"callbacks", "model", "summary"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"demo", "train"},

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from tiny_peft import DOORS, PEFT_NOISE, adapted, config, dead_blocks, load_base, logits, save_base
 
 from kron_hf import KronConfig, KronLinear, get_kron_model, kron_summary
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 

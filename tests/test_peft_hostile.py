@@ -13,7 +13,7 @@ from tiny_peft import PEFT_NOISE, adapted, config, load_base, logits, quiet_peft
 from transformers import ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 

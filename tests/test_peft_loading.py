@@ -25,7 +25,7 @@ from tiny_peft import (
 )
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 

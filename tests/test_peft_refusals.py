@@ -11,7 +11,7 @@ from tiny_peft import INPUTS, PEFT_NOISE, adapted, add_adapter, config, load_bas
 from transformers.integrations.peft import PeftAdapterMixin
 
 from kron_hf import get_kron_model, to_dense
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 pytestmark = [
     pytest.mark.filterwarnings(PEFT_NOISE),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_peft import PEFT_NOISE, config, load_base, logits, save_base
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 

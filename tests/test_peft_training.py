@@ -8,7 +8,7 @@ from tiny_peft import PEFT_NOISE, adapted, add_adapter, config, dead_blocks, loa
 from transformers import Trainer, TrainingArguments
 
 from kron_hf import KronTrainer, SparsityCallback, kron_param_groups
-from kron_hf.pruning import kron_layers, model_sparsity
+from kron_hf.sparsity.pruning import kron_layers, model_sparsity
 
 pytestmark = pytest.mark.filterwarnings(PEFT_NOISE)
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.checkpoint import KronHfQuantizer
+from kron_hf.checkpoint.hook import KronHfQuantizer
 
 SIZES = {
     "hidden_size": 8,

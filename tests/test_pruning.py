@@ -4,7 +4,14 @@ from tiny_training import TinyKron
 
 from kron_hf.factors import to_blocks
 from kron_hf.layers import KronLinear
-from kron_hf.pruning import choose_dead, cubic_sparsity, kron_layers, layer_quotas, model_sparsity, required_entries
+from kron_hf.sparsity.pruning import (
+    choose_dead,
+    cubic_sparsity,
+    kron_layers,
+    layer_quotas,
+    model_sparsity,
+    required_entries,
+)
 
 
 @pytest.mark.parametrize(

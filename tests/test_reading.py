@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig, ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, get_kron_model
-from kron_hf.reading import clean_errors, read_config
+from kron_hf.checkpoint.reading import clean_errors, read_config
 
 
 @pytest.fixture

@@ -14,8 +14,15 @@ from transformers import AutoModelForImageClassification, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from kron_hf import KronTrainer, last_checkpoint
-from kron_hf.safe_saving import SafeSaving
-from kron_hf.whole_files import discard, publish_directory, publish_model, remove_leftovers, saving_errors, unfinished
+from kron_hf.trainer.safe_saving import SafeSaving
+from kron_hf.trainer.whole_files import (
+    discard,
+    publish_directory,
+    publish_model,
+    remove_leftovers,
+    saving_errors,
+    unfinished,
+)
 
 OVERRIDDEN = (
     "_save_checkpoint",
@@ -57,7 +64,7 @@ def stop_before(monkeypatch):
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_the_private_methods_exist_in_this_transformers(name):
     assert callable(getattr(Trainer, name, None)), (
-        f"transformers {transformers.__version__} has no Trainer.{name}: kron_hf/safe_saving.py must be adapted"
+        f"transformers {transformers.__version__} has no Trainer.{name}: kron_hf/trainer/safe_saving.py must be adapted"
     )
     assert name in vars(SafeSaving)
 

@@ -9,8 +9,8 @@ from tiny_training import TinyKron, assert_same_weights, assert_target, batch, m
 from torch import nn
 
 from kron_hf.layers import KronLinear
-from kron_hf.pruning import kron_layers
 from kron_hf.sparsity import Sparsifier
+from kron_hf.sparsity.pruning import kron_layers
 
 STEPS = 40  # ramp from step 2 to 20, pruned at 10 and frozen at 20
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from kron_hf.param_groups import kron_param_groups
-from kron_hf.trainer import KronTrainer
+from kron_hf.trainer.kron_trainer import KronTrainer
 
 
 def run(path, cls=KronTrainer, model=None, options=None, **overrides):

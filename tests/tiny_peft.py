@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from kron_hf import KronConfig
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 # PEFT asks transformers for an attribute by its former name.
 PEFT_NOISE = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"

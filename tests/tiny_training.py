@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from kron_hf.layers import KronLinear
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 TOTAL_ENTRIES = 2 * 512
 LARGEST_BLOCK = 32

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf.escaping import plain
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 __all__ = ["comparison_table", "draw_masks", "named_masks", "save_mask_picture"]
 

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils.import_utils import is_torchvision_available
 
+from kron_hf.checkpoint.reading import clean_errors, read_config
 from kron_hf.config import KronConfig
 from kron_hf.data.examples import check_channels
 from kron_hf.escaping import one_line
 from kron_hf.model import get_kron_model
-from kron_hf.pruning import kron_layers
-from kron_hf.reading import clean_errors, read_config
+from kron_hf.sparsity.pruning import kron_layers
 from kron_hf.train.arguments import KronOptions, ModelOptions
 
 __all__ = ["build_image_processor", "build_model", "model_channels"]

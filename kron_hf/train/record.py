@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kron_hf.train.parser import Options
-from kron_hf.whole_files import discard, remove_leftovers
+from kron_hf.trainer.whole_files import discard, remove_leftovers
 
 __all__ = ["RunRecord", "check_output_dir"]
 

@@ -9,8 +9,7 @@ from transformers import set_seed
 from kron_hf.data.examples import Examples
 from kron_hf.data.sources import load_splits
 from kron_hf.data.splits import ImageSplits
-from kron_hf.last_checkpoint import last_checkpoint
-from kron_hf.pruning import model_sparsity
+from kron_hf.sparsity.pruning import model_sparsity
 from kron_hf.summary import kron_summary
 from kron_hf.train.arguments import METRIC, CommandArguments
 from kron_hf.train.metric import load_metric
@@ -18,6 +17,7 @@ from kron_hf.train.model import build_image_processor, build_model, model_channe
 from kron_hf.train.parser import Options, parse_options
 from kron_hf.train.record import check_output_dir
 from kron_hf.train.trainer import CommandTrainer, EpochCallback
+from kron_hf.trainer.last_checkpoint import last_checkpoint
 
 __all__ = ["run_train"]
 

@@ -13,7 +13,7 @@ from transformers import (
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.data.examples import Examples
 from kron_hf.model_card import write_model_card
-from kron_hf.trainer import KronTrainer
+from kron_hf.trainer.kron_trainer import KronTrainer
 
 __all__ = ["CommandTrainer", "EpochCallback"]
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kron_hf.pruning import SCOPES
+from kron_hf.sparsity.pruning import SCOPES
 
 __all__ = ["SparsityOptions"]
 

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kron_hf.layers import KronLinear
-from kron_hf.masks import pack_mask, unpack_mask
-from kron_hf.optimizer_state import clear_state, raw_optimizer
-from kron_hf.proximal import ProximalL1
-from kron_hf.pruning import kron_layers, model_sparsity, share_of_entries
-from kron_hf.sparsity_options import SparsityOptions
-from kron_hf.target_ramp import TargetRamp
+from kron_hf.sparsity.masks import pack_mask, unpack_mask
+from kron_hf.sparsity.optimizer_state import clear_state, raw_optimizer
+from kron_hf.sparsity.options import SparsityOptions
+from kron_hf.sparsity.proximal import ProximalL1
+from kron_hf.sparsity.pruning import kron_layers, model_sparsity, share_of_entries
+from kron_hf.sparsity.target_ramp import TargetRamp
 
 __all__ = ["Sparsifier"]
 
@@ -47,8 +47,8 @@ class Sparsifier:
     `l1 / n * sum_layers ||S||_1`, where n is the number of entries of S over all layers: `l1` weighs the mean of |s|,
     and the paper's lambda is `l1 / n`. At `end`, blocks that the penalty alone would zero within `interval` steps
     become zero as well. More `l1` gives more sparsity, but how much depends on model, data and learning rate; prefer
-    a target if you want a number. See `kron_hf.proximal` for the mathematics. Adam, AdamW and SGD; momentum of SGD
-    amplifies the gradient by 1 / (1 - momentum) against the penalty.
+    a target if you want a number. See `kron_hf.sparsity.proximal` for the mathematics. Adam, AdamW and SGD; momentum of
+    SGD amplifies the gradient by 1 / (1 - momentum) against the penalty.
 
     Either way no layer is emptied, and at `end` `KronLinear.freeze_mask` makes the zeros permanent; the rest of the
     training fine-tunes what is left.

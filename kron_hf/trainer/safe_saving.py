@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from kron_hf.last_checkpoint import last_checkpoint
-from kron_hf.whole_files import (
+from kron_hf.trainer.last_checkpoint import last_checkpoint
+from kron_hf.trainer.whole_files import (
     discard,
     publish_directory,
     publish_model,

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from kron_hf.factors import block_norms
 from kron_hf.layers import KronLinear
-from kron_hf.optimizer_state import rescale_state, step_size
-from kron_hf.pruning import gather_factors, importance
 from kron_hf.sharding import gather, local, shard_of
+from kron_hf.sparsity.optimizer_state import rescale_state, step_size
+from kron_hf.sparsity.pruning import gather_factors, importance
 
 __all__ = ["ProximalL1", "soft_threshold"]
 

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kron_hf.callbacks import SparsityCallback
-from kron_hf.hidden_token import HiddenToken
 from kron_hf.model_card import add_usage
 from kron_hf.param_groups import kron_param_groups
-from kron_hf.pruning import kron_layers, model_sparsity
-from kron_hf.safe_saving import SafeSaving
+from kron_hf.sparsity.pruning import kron_layers, model_sparsity
+from kron_hf.trainer.hidden_token import HiddenToken
+from kron_hf.trainer.safe_saving import SafeSaving
 
 __all__ = ["KronTrainer"]
 

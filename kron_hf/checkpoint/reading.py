@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from kron_hf.claims import check_config
+from kron_hf.checkpoint.claims import check_config
 from kron_hf.escaping import one_line, shown
 
 __all__ = ["clean_errors", "read_config"]

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kron_hf.cache import check_cached_files
-from kron_hf.checkpoint_files import check_dtypes, check_layers, check_places, check_unmapped, read_headers
-from kron_hf.claims import check_config, check_elements
+from kron_hf.checkpoint.cache import check_cached_files
+from kron_hf.checkpoint.claims import check_config, check_elements
+from kron_hf.checkpoint.files import check_dtypes, check_layers, check_places, check_unmapped, read_headers
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
 from kron_hf.module_map import checked_module_map

@@ -5,7 +5,7 @@ import base64
 import torch
 from torch import Tensor, nn
 
-from kron_hf.pruning import kron_layers
+from kron_hf.sparsity.pruning import kron_layers
 
 __all__ = ["copy_masks", "pack_mask", "unpack_mask"]
 

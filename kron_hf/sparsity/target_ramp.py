@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kron_hf.layers import KronLinear
-from kron_hf.pruning import block_entries, choose_dead, cubic_sparsity, required_entries, share_of_entries
 from kron_hf.sharding import local, shard_of
-from kron_hf.sparsity_options import SparsityOptions
+from kron_hf.sparsity.options import SparsityOptions
+from kron_hf.sparsity.pruning import block_entries, choose_dead, cubic_sparsity, required_entries, share_of_entries
 
 __all__ = ["TargetRamp"]
 

@@ -1,0 +1,23 @@
+"""Full checkpoints: plain transformers models with Kronecker layers that `from_pretrained` loads.
+
+`hook` is the extension point of transformers; `files`, `claims`, `reading` and `cache` check what a stranger's files
+say before anything is built from them.
+"""
+
+from kron_hf.checkpoint.hook import (
+    KronCheckpointConfig,
+    attach_kron_config,
+    carry_trained_mark,
+    detach_kron_config,
+    holds_trained_weights,
+    mark_trained,
+)
+
+__all__ = [
+    "KronCheckpointConfig",
+    "attach_kron_config",
+    "carry_trained_mark",
+    "detach_kron_config",
+    "holds_trained_weights",
+    "mark_trained",
+]
