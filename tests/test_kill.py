@@ -61,7 +61,7 @@ def wait_until(condition, limit=120.0):
 def await_moment(kind, run, duration, chance):
     """Sleeps until the moment to kill; the run may end before."""
     if kind == "any moment":
-        time.sleep(chance.uniform(0, 0.6 * duration))
+        time.sleep(chance.uniform(0, 0.4 * duration))
     elif kind == "saving":
         for _ in range(chance.randint(1, 4)):
             wait_until(lambda: "_kron_train.json" not in names(run) or not unfinished(run), limit=duration)
