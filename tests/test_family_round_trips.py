@@ -59,7 +59,8 @@ def saved(request, tmp_path_factory):
     """For every selected family a converted model with zero blocks, as training leaves them: `(model, folder)`."""
     root = tmp_path_factory.mktemp("families")
     models = {}
-    selected = [item for item in request.session.items if "saved" in getattr(item, "fixturenames", ())]
+    here = [item for item in request.session.items if item.path == request.path]
+    selected = [item for item in here if "saved" in getattr(item, "fixturenames", ())]
     for family in dict.fromkeys(item.callspec.params["family"] for item in selected):
         torch.manual_seed(0)
         model = convert(ALL_FAMILIES[family]()).eval()

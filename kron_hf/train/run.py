@@ -121,7 +121,6 @@ def _build_trainer(options: Options, splits: ImageSplits) -> CommandTrainer:
     processor = build_image_processor(options.model, model.config, token=training.hub_token)
     channels = model_channels(model.config)
     train = Examples(splits.train, processor, channels, flip=options.data.horizontal_flip, seed=training.seed)
-    penalty = {} if kron.l1 is None else {"l1": kron.l1}
     return CommandTrainer(
         model,
         training,
@@ -133,8 +132,8 @@ def _build_trainer(options: Options, splits: ImageSplits) -> CommandTrainer:
         factor_lr=kron.factor_lr,
         mask_lr=kron.mask_lr,
         target_sparsity=kron.target_sparsity,
+        l1=kron.l1,
         sparsity_options=kron.sparsity() or None,
-        **penalty,
     )
 
 
