@@ -21,6 +21,7 @@ __all__ = ["push_to_hub"]
 
 # from_pretrained prefers a whole file to shards, so weights of an earlier push must not stay beside the new ones.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)")
 OVERTAKEN = 412
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 PAUSES = (0, 1, 2, 4, 8)  # seconds before each attempt
@@ -114,7 +115,9 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, create
         del files["README.md"]
         if "import kron_hf" not in card:
             warnings.warn(f"{repo_id} keeps its card; say in it that loading needs `import kron_hf`", stacklevel=5)
-    stale = [name for name in present - files.keys() if WEIGHTS.fullmatch(name)]
+    # Beside an adapter, loaders would take a model for no more than its base.
+    replaced = (WEIGHTS,) if "adapter_config.json" in files else (WEIGHTS, ADAPTER)
+    stale = [name for name in present - files.keys() if any(kind.fullmatch(name) for kind in replaced)]
     return api.create_commit(
         repo_id,
         [CommitOperationAdd(name, path) for name, path in sorted(files.items())]

@@ -64,23 +64,21 @@ def write_model_card(
     return path
 
 
-def add_usage(path: str | Path, model: nn.Module, name: str) -> None:
+def add_usage(path: str | Path, model: nn.Module, name: str, *, layers: bool = True) -> None:
     """Adds the loading lines and the layers to a card that others wrote, such as Trainer's; does nothing twice.
 
     Args:
         path: The card.
         model: The model that it describes.
         name: Repository or path that the loading line names.
+        layers: Whether to list them. Counting sharded ones (FSDP2) takes all processes.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     if "import kron_hf" not in text:
-        parts = [
-            text.rstrip(),
-            "## How to load",
-            *_usage(model, _public(name)),
-            _fenced(str(kron_summary(model)), "text"),
-        ]
+        parts = [text.rstrip(), "## How to load", *_usage(model, _public(name))]
+        if layers:
+            parts.append(_fenced(str(kron_summary(model)), "text"))
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

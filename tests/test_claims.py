@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import SwinConfig, ViTConfig
+from transformers import CONFIG_MAPPING, SwinConfig, ViTConfig
 
 from kron_hf.checkpoint.claims import check_config, check_elements
 
@@ -12,13 +12,26 @@ from kron_hf.checkpoint.claims import check_config, check_elements
         {"num_hidden_layers": None, "depths": [], "blocks": "x", "num_labels": float("nan")},
         {"mlp_only_layers": list(range(600)), "vocab_size": 10**9, "hidden_size": 10**9},
         {"a": [{"b": [{"c": 1}]}], "num_layers": [-(10**9), 5]},
+        {"label2id": {"bricklayer": 1500, "tower blocks": 2000, "layer": 3000}, "embed_dim_per_stage": [1152, 576]},
         ViTConfig(),
         SwinConfig(depths=[2, 2, 18, 2], num_labels=21_841),
     ],
-    ids=["limits", "other-types", "indices-and-widths", "nested", "vit", "swin"],
+    ids=["limits", "other-types", "indices-and-widths", "nested", "names-and-widths", "vit", "swin"],
 )
 def test_real_configs_pass(config):
     check_config(config)
+
+
+def test_the_defaults_of_every_architecture_pass():
+    checked = 0
+    for config_class in CONFIG_MAPPING.values():
+        try:
+            config = config_class()
+        except Exception:  # some need arguments; what they raise is theirs
+            continue
+        check_config(config.to_dict())
+        checked += 1
+    assert checked > 300
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,14 @@ def test_weights_of_an_earlier_push_are_replaced(hub, client, digests, sharded):
     assert client.value("pull", repo=repo, cache=repo) == digests[1]
 
 
+def test_a_model_takes_the_place_of_an_adapter(hub, client, digests):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        client.value("upload", repo="alice/was-adapter", path=name, text="{}")
+    client.value("push", repo="alice/was-adapter", seed=0)
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & hub.files("alice/was-adapter").keys()
+    assert client.value("pull", repo="alice/was-adapter", cache="was-adapter") == digests[0]
+
+
 def test_same_model_again_makes_no_commit(hub, client):
     first = client.value("push", repo="alice/twice", seed=0)
     assert client.value("push", repo="alice/twice", seed=0) == first

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 from kron_hf import kron_summary
 from kron_hf.cli import main
 from kron_hf.train.parser import build_parser, parse_options
-from kron_hf.train.run import run_train
+from kron_hf.train.run import check_processes, run_train
 
 NAMES = ["cat", "dog", "emu", "fox"]
 
@@ -252,6 +253,25 @@ def test_options_that_do_not_fit(photos, tmp_path, kind, capsys):
     assert message in errors_of([*command(photos, tmp_path / "run", steps=20), *more], capsys)
 
 
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(SimpleNamespace(world_size=2))
+    with pytest.raises(
+        ValueError, match="2 processes were started, but they do not find each other.*ACCELERATE_USE_CPU"
+    ):
+        check_processes(SimpleNamespace(world_size=1))
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoint-8"], ids=["the-directory", "a-checkpoint-in-it"])
+def test_overwrite_never_deletes_the_model_to_start_from(photos, tmp_path, capsys, inside):
+    model = tmp_path / "run" / inside
+    ViTForImageClassification(ViTConfig(**TINY_VIT)).save_pretrained(model)
+    words = ["--model", model, "--init-weights", "random", "--dataset", photos, "--output-dir", tmp_path / "run"]
+    error = errors_of([*words, "--overwrite"], capsys)
+    assert "--overwrite would delete the model that --model names" in error
+    assert (model / "model.safetensors").is_file()
+
+
 def test_folders_without_what_training_needs(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "holds no images that can be read" in errors_of(command(tmp_path / "empty", tmp_path / "run"), capsys)
@@ -311,6 +331,7 @@ def test_argument_files_that_are_wrong(tmp_path, content, message, capsys):
 
 def test_help_shows_our_options_first_and_each_once():
     text = build_parser().format_help()
+    assert "%%" not in text
     ours = [text.index(f"\n{group}:\n") for group in ("model", "data", "Kronecker layers", "run")]
     assert ours == sorted(ours)
     assert ours[-1] < text.index("\ntraining: every option of transformers.TrainingArguments")

@@ -13,7 +13,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from kron_hf import KronConfig, get_kron_model
+from kron_hf import KronConfig, KronTrainer, get_kron_model
 
 
 class Images(Dataset):
@@ -134,3 +134,12 @@ def test_training_moves_every_factor(tmp_path):
     Trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=Images()).train()
     unmoved = [name for name, tensor in model.named_parameters() if torch.equal(tensor, before[name])]
     assert unmoved == []
+
+
+def test_the_card_of_a_sharded_model_is_written_without_counting(tmp_path, monkeypatch):
+    """Under FSDP the main process is alone here: a collective would wait for ever."""
+    trainer = KronTrainer(build(), arguments(tmp_path))
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr("kron_hf.model_card.kron_summary", lambda model: pytest.fail("counted"))
+    trainer.create_model_card(model_name="tiny")
+    assert "import kron_hf" in (tmp_path / "README.md").read_text()

@@ -19,7 +19,9 @@ MAX_NESTING = 32
 MAX_LAYERS = 1024
 MAX_LABELS = 2**17
 # Layers are built one by one, in Python; widths only set shapes on the meta device.
-COUNTS_LAYERS = re.compile(r"(layers?|depths?|blocks?|stages?|iterations?)$")
+COUNTS_LAYERS = re.compile(r"(^|(?<!_per)_)(layers?|depths?|blocks?|stages?|iterations?)$")
+# Their keys or values are names that someone chose, not settings.
+NAMES = {"id2label", "label2id"}
 # Tensors that the files lack (a new head, say) are allocated as large as the config claims.
 MAX_GROWTH = 64
 FREE_ELEMENTS = 2**26
@@ -68,7 +70,7 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
         values = vars(holder) if isinstance(holder, PreTrainedConfig) else holder
         if isinstance(values, dict):
             yield from ((str(key), value) for key, value in values.items())
-            pending += [(value, level + 1) for value in values.values()]
+            pending += [(value, level + 1) for key, value in values.items() if key not in NAMES]
         elif isinstance(values, list | tuple):
             pending += [(value, level + 1) for value in values]
 

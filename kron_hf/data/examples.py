@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
@@ -42,11 +43,12 @@ class Examples(Dataset[dict[str, Any]]):
     ) -> None:
         check_channels(channels)
         self.images, self.processor, self.channels = images, processor, channels
-        self.flip, self.seed, self.epoch = flip, seed, 0
+        self.flip, self.seed = flip, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Names the pass over the data that begins."""
-        self.epoch = epoch
+        """Names the pass over the data that begins, for workers that run already, too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -67,4 +69,4 @@ class Examples(Dataset[dict[str, Any]]):
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
 
     def _is_flipped(self, index: int) -> bool:
-        return self.flip and random.Random(f"{self.seed} {self.epoch} {index}").random() < 0.5
+        return self.flip and random.Random(f"{self.seed} {int(self._epoch)} {index}").random() < 0.5

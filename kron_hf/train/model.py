@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -18,6 +20,7 @@ from kron_hf.train.arguments import KronOptions, ModelOptions
 __all__ = ["build_image_processor", "build_model", "model_channels"]
 
 HEADS = "ForImageClassification"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def build_model(
@@ -85,13 +88,29 @@ def build_image_processor(options: ModelOptions, config: Any, *, token: str | No
     if options.image_processor is not None:
         return AutoImageProcessor.from_pretrained(options.image_processor, token=token)
     if not options.from_scratch and options.model is not None:
-        try:
-            return AutoImageProcessor.from_pretrained(
-                options.model, revision=options.model_revision or "main", token=token
-            )
-        except (OSError, ValueError):
-            pass  # many checkpoints carry none
+        revision = options.model_revision or "main"
+        if _has_image_processor(options.model, revision, token):
+            return AutoImageProcessor.from_pretrained(options.model, revision=revision, token=token)
     return _processor_for(config)
+
+
+def _has_image_processor(name: str, revision: str, token: str | None) -> bool:
+    """Whether the checkpoint carries one; a Hub that does not answer is no "no"."""
+    if Path(name).is_dir():
+        return any(Path(name, file).is_file() for file in PROCESSOR_FILES)
+    for file in PROCESSOR_FILES:
+        known = try_to_load_from_cache(name, file, revision=revision)
+        if known is not None and not isinstance(known, str):
+            continue  # the cache remembers that there is none
+        try:
+            hf_hub_download(name, file, revision=revision, token=token)
+        except LocalEntryNotFoundError as error:
+            reason = one_line(str(error))
+            raise OSError(f"{name}: whether it has a {file} could not be found out: {reason}") from error
+        except EntryNotFoundError:
+            continue
+        return True
+    return False
 
 
 def _processor_for(config: Any) -> Any:

@@ -117,7 +117,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_args(action, "VALUE")
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = (action.help or "").replace("%", "%%") if "%(" not in (action.help or "") else action.help or ""
+        text = action.help or ""
+        if "%(" not in text:
+            text = text.replace("%%", "%").replace("%", "%%")  # transformers escapes some of its own
         shown = action.default not in (None, False, argparse.SUPPRESS, "", [])
         value = getattr(action.default, "value", action.default)
         return f"{text} (default: {value})" if shown and "(default" not in text else text

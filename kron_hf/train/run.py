@@ -1,5 +1,6 @@
 """`kron-hf train` from its options to the saved model."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kron_hf.train.record import check_output_dir
 from kron_hf.train.trainer import CommandTrainer, EpochCallback
 from kron_hf.trainer.last_checkpoint import last_checkpoint
 
-__all__ = ["run_train"]
+__all__ = ["check_processes", "run_train"]
 
 NO_FIGURES = (
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
@@ -43,6 +44,8 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
     """
     options = parse_options(arguments)
     training = options.training
+    check_processes(training)
+    _check_overwrite(options)
     is_main = training.process_index == 0
     tell: Callable[[str], Any] = write if is_main else lambda text: None
     if not training.do_train:
@@ -70,6 +73,29 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
     tell(f"\n{kron_summary(trainer.accelerator.unwrap_model(trainer.model))}\n\n{_shown(results)}")
     tell(f"The model, its image processor and its card are in {training.output_dir}")
     return results
+
+
+def check_processes(training: CommandArguments) -> None:
+    """Refuses processes that a launcher started, but that train each for itself.
+
+    Raises:
+        ValueError: The world is not of the size that was asked for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and training.world_size != started:
+        raise ValueError(
+            f"{started} processes were started, but they do not find each other: each would train alone, into the same "
+            "directory. On CPU set ACCELERATE_USE_CPU=true in the environment"
+        )
+
+
+def _check_overwrite(options: Options) -> None:
+    model, output_dir = Path(str(options.model.model)).resolve(), Path(options.training.output_dir or ".").resolve()
+    if options.run.overwrite and model.is_relative_to(output_dir):
+        raise ValueError(
+            f"--overwrite would delete the model that --model names: {options.model.model} lies in the output "
+            f"directory {options.training.output_dir}; name another --output-dir"
+        )
 
 
 def _set_up(options: Options, tell: Callable[[str], Any]) -> tuple[CommandTrainer, ImageSplits]:

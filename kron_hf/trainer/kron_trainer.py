@@ -101,4 +101,5 @@ class KronTrainer(SafeSaving):
         super().create_model_card(*args, **kwargs)
         model, card = cast(nn.Module, self.model), Path(str(self.args.output_dir), "README.md")
         if self.is_world_process_zero() and kron_layers(model):
-            add_usage(card, model, self.hub_model_id or kwargs.get("model_name") or card.parent.name)
+            name = self.hub_model_id or kwargs.get("model_name") or card.parent.name
+            add_usage(card, model, name, layers=not self.is_fsdp_enabled)  # the other processes are not here
