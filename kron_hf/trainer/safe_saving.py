@@ -45,10 +45,11 @@ class SafeSaving(Trainer):
         if self.args.local_process_index == 0:
             remove_leftovers(output_dir)
         self.accelerator.wait_for_everyone()  # that may bring back a checkpoint
-        # Without any checkpoint Trainer says so; without optimizers it resumes from the weights alone.
-        if resume_from_checkpoint is True and not self.args.save_only_model and (found := _checkpoints(output_dir)):
-            resume_from_checkpoint = last_checkpoint(output_dir)
-            if resume_from_checkpoint is None:
+        if resume_from_checkpoint is True:
+            # Without any checkpoint Trainer says so; without optimizers it resumes from the weights alone.
+            resume_from_checkpoint = last_checkpoint(output_dir) or True
+            found = _checkpoints(output_dir)
+            if resume_from_checkpoint is True and found and not self.args.save_only_model:
                 raise ValueError(
                     f"no checkpoint in {output_dir} is complete ({', '.join(path.name for path in found)}): pass the "
                     "path of one to resume from it all the same, or train without resume_from_checkpoint"
