@@ -161,9 +161,18 @@ def test_broken_idx_file(tmp_path, raw, message):
         read_idx(path)
 
 
-def test_broken_gzip(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda raw: raw[:-12], id="cut-off"),
+        pytest.param(lambda raw: raw[:-8] + bytes(8), id="checksum"),
+        pytest.param(lambda raw: raw[:10] + b"\xff" * (len(raw) - 10), id="deflate"),
+        pytest.param(lambda raw: b"no gzip", id="foreign"),
+    ],
+)
+def test_broken_gzip(tmp_path, damage):
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(b"\x00\x00\x08\x01" * 50)[:-12])
+    path.write_bytes(damage(gzip.compress(b"\x00\x00\x08\x01" * 50)))
     with pytest.raises(ValueError, match="not a whole gzip file"):
         read_idx(path)
 

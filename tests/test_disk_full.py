@@ -1,6 +1,7 @@
 """The disk is full while a checkpoint or a model is written."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_disk_full_while_a_model_is_saved_over_another(tmp_path, monkeypatch):
         trainer.model.classifier.bias.add_(1)
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    def save(*args, **kwargs):
+    def save(model, folder, **kwargs):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "model.safetensors").write_bytes(b"half")
         raise full
 
     monkeypatch.setattr(type(trainer.model), "save_pretrained", save)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_training_checkpoints import Images, arguments, build
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kron_hf import KronTrainer, last_checkpoint
+from kron_hf.trainer import safe_saving
 from kron_hf.trainer.safe_saving import SafeSaving
 from kron_hf.trainer.whole_files import (
     discard,
@@ -100,6 +104,115 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit):
     torch.testing.assert_close(trainer.model.state_dict(), trainer_weights(tmp_path / "checkpoint-4"), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("working_directory", "spelled"),
+    [
+        pytest.param(".", "{}/run", id="absolute"),
+        pytest.param("elsewhere", "../run", id="another-directory"),
+    ],
+)
+def test_resumed_under_another_spelling_the_best_is_kept_and_loaded(tmp_path, monkeypatch, working_directory, spelled):
+    """Killed after the last save, with the best and the last checkpoint on the disk."""
+    options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": 1}
+    scores = iter([2, 1])
+    options |= {"metric_for_best_model": "score", "metric": lambda prediction: {"score": next(scores)}}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    killed = trainer_in("run", **options)
+    monkeypatch.setattr(killed, "_finalize_training", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert names(tmp_path / "run") == ["checkpoint-4", "checkpoint-8"]
+    monkeypatch.chdir(working_directory)
+    resumed = trainer_in(spelled.format(tmp_path), seed=1, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert names(tmp_path / "run") == ["checkpoint-4"]
+    best = trainer_weights(tmp_path / "run" / "checkpoint-4")
+    torch.testing.assert_close(resumed.model.state_dict(), best, rtol=0, atol=0)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_rotation_knows_the_best_under_another_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_in(tmp_path, save_total_limit=2)
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    trainer.state.best_model_checkpoint = "checkpoint-2"
+    trainer._rotate(tmp_path, tmp_path / "checkpoint-6")
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_a_missing_best_checkpoint_discards_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_finalize_training", lambda *args: None)
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    (tmp_path / "checkpoint-4").mkdir()
+    trainer.state.best_model_checkpoint = str(tmp_path / "gone" / "checkpoint-2")
+    trainer._finalize_training(None, 0, 0)
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+class NodeArguments(TrainingArguments):
+    """The only process of a node of two."""
+
+    node = 0
+    should_save = property(lambda self: self.node == 0)
+    local_process_index = property(lambda self: 0)
+    process_index = property(lambda self: self.node)
+    world_size = property(lambda self: 2)
+
+
+def node_trainer(folder, index, barrier):
+    args = NodeArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4)
+    args.node = index
+    trainer = SafeSaving(build(), args)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.state.global_step = 2
+    trainer.accelerator.wait_for_everyone = lambda: barrier.wait(timeout=60)
+    return trainer
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["over-an-earlier-checkpoint", "first"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_nodes_with_one_file_system_and_with_their_own(tmp_path, monkeypatch, shared, earlier):
+    folders = [tmp_path / "run"] * 2 if shared else [tmp_path / "run", tmp_path / "other"]
+    if earlier:
+        write_files(folders[1] / "checkpoint-2", {"trainer_state.json": "{}"})
+    barrier, errors, published = threading.Barrier(2), [], []
+
+    def publish(staging, final):
+        published.append(final)
+        while not barrier.n_waiting and len(published) < 2:  # the other node goes on as far as it can
+            time.sleep(0.01)
+        publish_directory(staging, final)
+
+    monkeypatch.setattr(safe_saving, "publish_directory", publish)
+    trainers = [node_trainer(folder, index, barrier) for index, folder in enumerate(folders)]
+
+    def save(trainer):
+        try:
+            trainer._save_checkpoint(trainer.model, None)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=save, args=(trainer,)) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    states = {f"rng_state_{index}.pth" for index in range(2)}
+    found = [set(names(folder / "checkpoint-2")) for folder in folders]
+    assert [names(folder) for folder in folders] == [["checkpoint-2"]] * 2
+    assert found[0] >= {"model.safetensors", "trainer_state.json", *(states if shared else ["rng_state_0.pth"])}
+    assert last_checkpoint(folders[0]) == str(folders[0] / "checkpoint-2")
+    assert shared or found[1] == {"rng_state_1.pth"}
+    assert len(published) == len(set(folders))
+
+
 def test_a_checkpoint_appears_only_when_it_is_complete(tmp_path, monkeypatch):
     seen = []
     original = Path.rename
@@ -131,6 +244,24 @@ def test_resume_true_passes_over_a_broken_checkpoint_of_the_stock_trainer(tmp_pa
     resumed = trainer_in(tmp_path, cls=SafeSaving, seed=1)
     resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(resumed.model.state_dict(), trainer_weights(tmp_path / "checkpoint-8"), rtol=0, atol=0)
+
+
+def test_resume_true_refuses_when_every_checkpoint_is_broken(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"is complete \(checkpoint-4, checkpoint-8\): pass the path of one"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
+    weights_only = trainer_in(tmp_path, seed=1, save_only_model=True)
+    weights_only.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(
+        weights_only.model.state_dict(), trainer_weights(tmp_path / "checkpoint-8"), rtol=0, atol=0
+    )
+
+
+def test_resume_true_without_any_checkpoint_is_an_error_of_trainer(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer_in(tmp_path).train(resume_from_checkpoint=True)
 
 
 def trainer_weights(checkpoint):
@@ -251,6 +382,50 @@ def test_publish_directory_replaces_and_discard_removes(tmp_path):
     discard(final)
     assert names(tmp_path) == []
     remove_leftovers(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["before", "between", "after"])
+def test_a_directory_is_replaced_whole_wherever_it_is_interrupted(tmp_path, call, monkeypatch):
+    final, renames, original = tmp_path / "checkpoint-1", [], Path.rename
+    write_files(final, {"file": "old"})
+    write_files(unfinished(final), {"file": "new"})
+
+    def rename(path, target):
+        renames.append(path)
+        if len(renames) == call:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(shutil, "rmtree", lambda path, **kwargs: path.exists() and interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            publish_directory(unfinished(final), final)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert (final / "file").read_text() == ("new" if call == 3 else "old")
+
+
+def test_what_was_deleted_on_purpose_does_not_come_back(tmp_path, monkeypatch):
+    write_files(tmp_path / "checkpoint-1", {"file": "old"})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        discard(tmp_path / "checkpoint-1")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_models_are_compared_without_reading_them_whole(tmp_path):
+    size = 8 * 2**20
+    for folder in (tmp_path, tmp_path / "_unfinished-model"):
+        write_files(folder, {"config.json": "a", "model.safetensors": "x" * size})
+    tracemalloc.start()
+    try:
+        publish_model(tmp_path / "_unfinished-model", tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 8
 
 
 def test_an_unrelated_error_while_saving_keeps_its_type(tmp_path):

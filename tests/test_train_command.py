@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training_checkpoints import assert_equal
 from tiny_runs import OVERRIDES, SIZES, TINY_VIT, checkpoints, command, pictures, write_idx_folder
+from torch.distributed.fsdp import StateDictType
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -19,10 +22,13 @@ from transformers import (
     pipeline,
 )
 
+import kron_hf.train.run
 from kron_hf import kron_summary
 from kron_hf.cli import main
 from kron_hf.train.parser import build_parser, parse_options
+from kron_hf.train.record import check_output_dir
 from kron_hf.train.run import check_processes, run_train
+from kron_hf.train.trainer import CommandTrainer
 
 NAMES = ["cat", "dog", "emu", "fox"]
 
@@ -162,6 +168,69 @@ def test_a_stopped_run_goes_on_and_overwrite_starts_anew(digits_like, tmp_path, 
     said.clear()
     assert run_train([*arguments, "--overwrite"], write=said.append) == whole
     assert not any(text.startswith("Going on") for text in said)
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_an_overwriting_that_is_killed_can_be_repeated(finished, tmp_path, monkeypatch, call):
+    output, _, _, arguments = finished
+    shutil.copytree(output, tmp_path / "run")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / "run" / name).touch()
+    arguments = [*arguments, "--output-dir", str(tmp_path / "run")]
+    anew, unlink, calls = parse_options([*arguments, "--overwrite"]), Path.unlink, []
+
+    def stop(path, **options):
+        calls.append(path)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    record = check_output_dir(anew)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            record.begin(overwrite=True)
+    assert check_output_dir(parse_options(arguments)).results is None  # goes on, from the start
+    assert checkpoints(tmp_path / "run") == []
+    check_output_dir(anew).begin(overwrite=True)
+    assert not list((tmp_path / "run").glob("*model*"))
+
+
+def test_an_overwriting_killed_before_its_record_leaves_the_finished_model(finished, tmp_path, monkeypatch):
+    output, results, _, arguments = finished
+    shutil.copytree(output, tmp_path / "run")
+    arguments = [*arguments, "--output-dir", str(tmp_path / "run")]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    record = check_output_dir(parse_options([*arguments, "--overwrite"]))
+    monkeypatch.setattr(record, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        record.begin(overwrite=True)
+    assert check_output_dir(parse_options(arguments)).results == results
+    assert_equal(*(load_file(folder / "model.safetensors") for folder in (output, tmp_path / "run")))
+
+
+def test_fsdp_that_would_save_no_model_is_refused_at_the_start(digits_like, tmp_path, monkeypatch, capsys):
+    original, plugin = kron_hf.train.run._build_trainer, SimpleNamespace(state_dict_type=None)
+
+    def build(*args):
+        trainer = original(*args)
+        trainer.is_fsdp_enabled = True
+        trainer.accelerator.state = SimpleNamespace(fsdp_plugin=plugin)
+        return trainer
+
+    monkeypatch.setattr("kron_hf.train.run._build_trainer", build)
+    monkeypatch.setattr(CommandTrainer, "train", lambda *args, **kwargs: pytest.fail("it trains"))
+    for plugin.state_dict_type in (StateDictType.SHARDED_STATE_DICT, StateDictType.LOCAL_STATE_DICT):
+        error = errors_of(command(digits_like, tmp_path / "run", steps=20), capsys)
+        assert f"with fsdp_state_dict_type {plugin.state_dict_type.name} no model file would be saved" in error
+        assert "FULL_STATE_DICT" in error
+    assert not list((tmp_path / "run").iterdir())
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    with pytest.raises(pytest.fail.Exception, match="it trains"):
+        run_train(command(digits_like, tmp_path / "run", steps=20)[1:], write=str)
 
 
 def test_a_kronecker_checkpoint_goes_on_and_dense_ones_are_converted(finished, photos, tmp_path, capsys):

@@ -19,7 +19,7 @@ TRAINING = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
     *("bf16", "fp16", "seed", "data_seed", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", FILE)
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 class RunRecord:
@@ -31,9 +31,14 @@ class RunRecord:
     def begin(self, *, overwrite: bool) -> None:
         """Marks the directory as that of this run, after removing an earlier one if that is to be overwritten."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        if overwrite and (self.output_dir / FILE).is_file():
-            _remove_run(self.output_dir)
+        overwrite = overwrite and (self.output_dir / FILE).is_file()
+        if overwrite:
+            _remove_checkpoints(self.output_dir)
+        # Between the two: this run never goes on from checkpoints of the other, the other is never finished without its
+        # model, and without any record the rest would be a stranger's.
         self._write()
+        if overwrite:
+            _remove_model(self.output_dir)
 
     def finish(self, results: dict[str, float]) -> None:
         """Marks the run as finished."""
@@ -80,12 +85,14 @@ def check_output_dir(options: Options) -> RunRecord:
     return RunRecord(output_dir, settings, earlier["results"])
 
 
-def _remove_run(output_dir: Path) -> None:
+def _remove_checkpoints(output_dir: Path) -> None:
+    remove_leftovers(output_dir)  # first, since it may bring back a checkpoint
     for path in output_dir.glob("checkpoint-*"):
         if path.is_dir():
             discard(path)
-    remove_leftovers(output_dir)
-    # The record last: without it the rest would be a stranger's.
+
+
+def _remove_model(output_dir: Path) -> None:
     for name in MODEL_FILES:
         (output_dir / name).unlink(missing_ok=True)
     for path in output_dir.glob("model-*-of-*.safetensors"):

@@ -59,6 +59,7 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
         return record.results
     checkpoint = None if options.run.overwrite else _checkpoint(training)
     trainer, splits = _set_up(options, tell)
+    trainer.check_final_save()
     # Only now: a command that failed before leaves nothing behind.
     if is_main:
         record.begin(overwrite=options.run.overwrite)

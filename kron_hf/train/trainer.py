@@ -27,6 +27,19 @@ class CommandTrainer(KronTrainer):
     card_dataset: str | None = None
     card_metrics: dict[str, float] | None = None
 
+    def check_final_save(self) -> None:
+        """Refuses, before the training, what would end it without a model that `from_pretrained` loads.
+
+        Raises:
+            ValueError: FSDP saves shards, of which Trainer makes no model file.
+        """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
+            raise ValueError(
+                f"with fsdp_state_dict_type {plugin.state_dict_type.name} no model file would be saved at the end; set "
+                "FULL_STATE_DICT in the config of Accelerate, as examples/accelerate/fsdp2.yaml does"
+            )
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Compares only models whose masks are frozen: before that the model is denser than was asked for."""
         callbacks = [item for item in self.callback_handler.callbacks if isinstance(item, SparsityCallback)]

@@ -36,12 +36,24 @@ class SafeSaving(Trainer):
     _staging: Path | None = None  # set while a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Removes what a killed run left unfinished, then trains; True resumes from the last complete checkpoint."""
-        output_dir = self.args.output_dir or ""
+        """Removes what a killed run left unfinished, then trains; True resumes from the last complete checkpoint.
+
+        Raises:
+            ValueError: True was given, and there is no checkpoint, or none that is complete.
+        """
+        output_dir = Path(self.args.output_dir or "")
         if self.args.local_process_index == 0:
-            remove_leftovers(Path(output_dir))
+            remove_leftovers(output_dir)
+        self.accelerator.wait_for_everyone()  # that may bring back a checkpoint
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(output_dir) or True  # Trainer says so if there is none
+            # Without any checkpoint Trainer says so; without optimizers it resumes from the weights alone.
+            resume_from_checkpoint = last_checkpoint(output_dir) or True
+            found = _checkpoints(output_dir)
+            if resume_from_checkpoint is True and found and not self.args.save_only_model:
+                raise ValueError(
+                    f"no checkpoint in {output_dir} is complete ({', '.join(path.name for path in found)}): pass the "
+                    "path of one to resume from it all the same, or train without resume_from_checkpoint"
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +70,7 @@ class SafeSaving(Trainer):
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         staging = unfinished(final)
+        written, state_file = staging / final.name, staging / final.name / "trainer_state.json"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -67,14 +80,15 @@ class SafeSaving(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-                self._name_best(run_dir)
+                self._name_best(run_dir, self.state.global_step)
             if self.args.should_save:
-                self.state.save_to_json(str(staging / final.name / "trainer_state.json"))
+                self.state.save_to_json(str(state_file))
             self.accelerator.wait_for_everyone()
-            # A node that shares no file system with the first has a directory of its own.
-            elsewhere = self.args.local_process_index == 0 and (staging / final.name).is_dir() and not final.exists()
+            # Where the state that the first process wrote is not seen, a node has a directory of its own.
+            elsewhere = self.args.local_process_index == 0 and written.is_dir() and not state_file.exists()
+            self.accelerator.wait_for_everyone()  # all have looked before any renames
             if self.args.should_save or elsewhere:
-                publish_directory(staging / final.name, final)
+                publish_directory(written, final)
                 staging.rmdir()
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -82,10 +96,10 @@ class SafeSaving(Trainer):
         if self.args.should_save:
             self._rotate(run_dir, final)
 
-    def _name_best(self, run_dir: Path) -> None:
+    def _name_best(self, run_dir: Path, writing: int | None = None) -> None:
         """What Trainer does itself, but for the directory under which it looks for the best checkpoint."""
         best = self.state.best_global_step
-        if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").is_dir()):
+        if best and (best == writing or (run_dir / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = os.path.join(run_dir, f"checkpoint-{best}")  # noqa: PTH118
 
     def _rotate(self, run_dir: Path, newest: Path) -> None:
@@ -93,7 +107,7 @@ class SafeSaving(Trainer):
         if limit is None or limit <= 0:
             return
         checkpoints = _checkpoints(run_dir)
-        protected = {newest} | ({Path(best)} if best else set())
+        protected = [path for path in checkpoints if path == newest or (best and _is_same(path, best))]
         others = [path for path in checkpoints if path not in protected]
         for path in others[: max(0, len(checkpoints) - max(limit, len(protected)))]:
             discard(path)
@@ -103,11 +117,14 @@ class SafeSaving(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
+        run_dir = Path(self._get_output_dir(trial))
+        if self.state.best_model_checkpoint is None:  # Trainer forgets it if that path leads nowhere when it resumes
+            self._name_best(run_dir)
         best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+        if self.args.should_save and best is not None and Path(best).is_dir() and self.args.save_total_limit == 1:
             # Trainer would delete these in place: the last checkpoint, which a resumed run takes up.
-            for path in _checkpoints(Path(self._get_output_dir(trial))):
-                if path != Path(best):
+            for path in _checkpoints(run_dir):
+                if not _is_same(path, best):
                     discard(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
@@ -124,6 +141,10 @@ class SafeSaving(Trainer):
             super()._save(str(staging), state_dict)
             if self.args.should_save:
                 publish_model(staging, target)
+
+
+def _is_same(path: Path, other: str) -> bool:
+    return path.resolve() == Path(other).resolve()
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

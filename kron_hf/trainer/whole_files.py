@@ -4,10 +4,11 @@ A directory is written under a name that begins with an underscore, which neithe
 `upload_folder` of Trainer sends to the Hub; when it is complete and on the disk it is renamed.
 """
 
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from kron_hf.escaping import one_line
 
 __all__ = ["discard", "publish_directory", "publish_model", "remove_leftovers", "saving_errors", "unfinished"]
 
-UNFINISHED, DISCARDED = "_unfinished-", "_discarded-"
+UNFINISHED, DISCARDED, REPLACED = "_unfinished-", "_discarded-", "_replaced-"
 # Without one of these no loader takes a directory for a model: they go first and come last.
 MODEL_CONFIGS = ("config.json", "adapter_config.json")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -29,9 +30,12 @@ def unfinished(directory: Path) -> Path:
 
 
 def publish_directory(staging: Path, final: Path) -> None:
-    """Renames `staging`, once it is on the disk, to `final`; what stood there before is discarded."""
+    """Renames `staging`, once it is on the disk, to `final`, in the place of what stood there before.
+
+    A kill between the two renames leaves that under a name from which `remove_leftovers` brings it back.
+    """
     _sync_tree(staging)
-    aside = final.with_name(DISCARDED + final.name)
+    aside = final.with_name(REPLACED + final.name)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
@@ -72,11 +76,15 @@ def discard(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what killed processes left unfinished in a directory."""
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if path.name.startswith((UNFINISHED, DISCARDED)):
-                shutil.rmtree(path, ignore_errors=True)
+    """Deletes what killed processes left unfinished in a directory, and brings back what they had not yet replaced."""
+    if not directory.is_dir():
+        return
+    for path in list(directory.iterdir()):
+        if path.name.startswith(REPLACED) and not (final := path.with_name(path.name.removeprefix(REPLACED))).exists():
+            with suppress(FileNotFoundError):  # another node that shares the file system did it
+                path.rename(final)
+        elif path.name.startswith((UNFINISHED, DISCARDED, REPLACED)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -100,13 +108,13 @@ _TORCH_WRITER_WORDS = ("PytorchStreamWriter", "inline_container", "cannot be ope
 
 def _differ_by_one_file(staging: Path, target: Path, files: list[Path]) -> bool:
     """Whether replacing a single file turns the old model into the new one."""
-    changed = [
-        path
+    filecmp.clear_cache()  # it goes by size and time, which two models saved at once may share
+    same = [
+        (target / path).is_file() and filecmp.cmp(target / path, staging / path, shallow=False)
         for path in files
         if path.name != KEPT
-        and not ((target / path).is_file() and (target / path).read_bytes() == (staging / path).read_bytes())
     ]
-    return len(changed) <= 1
+    return same.count(False) <= 1
 
 
 def _sync_tree(directory: Path) -> None:
