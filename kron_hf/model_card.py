@@ -52,7 +52,7 @@ def write_model_card(
     if metrics and not dataset:
         raise ValueError(f"metrics {dict(metrics)} need dataset=, the name of the data they were measured on")
     path = directory / "README.md"
-    if path.exists() and not overwrite and MARKER not in path.read_text(encoding="utf-8"):
+    if path.exists() and not overwrite and not _is_nobodys(path.read_text(encoding="utf-8")):
         raise FileExistsError(f"{path} exists and was not written by kron_hf; pass overwrite=True to replace it")
     name = _public(name or "") or directory.resolve().name
     dataset = dataset and _public(dataset)
@@ -80,6 +80,11 @@ def add_usage(path: str | Path, model: nn.Module, name: str, *, layers: bool = T
         if layers:
             parts.append(_fenced(str(kron_summary(model)), "text"))
         path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _is_nobodys(card: str) -> bool:
+    """Whether no person wrote it: a card of ours, or the template that PEFT saves beside an adapter, not filled in."""
+    return MARKER in card or ("# Model Card for Model ID" in card and card.count("[More Information Needed]") > 20)
 
 
 def _public(name: str) -> str:

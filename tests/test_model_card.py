@@ -1,7 +1,10 @@
 import pytest
 import torch
 import yaml
+from families import FAMILIES
 from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny_peft import quiet_peft
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -117,3 +120,15 @@ def test_bad_arguments(model, tmp_path):
         write_model_card(model, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="need dataset="):
         write_model_card(model, tmp_path, metrics={"accuracy": 1.0})
+
+
+def test_the_empty_template_of_peft_is_replaced_but_not_a_card_that_someone_filled_in(tmp_path):
+    with quiet_peft():
+        adapter = get_peft_model(FAMILIES["vit"](), KronConfig(block_size=4, rank=1, init_weights="random"))
+    adapter.save_pretrained(tmp_path)
+    template = (tmp_path / "README.md").read_text()
+    assert "import kron_hf" not in template
+    assert "import kron_hf" in write_model_card(adapter, tmp_path).read_text()
+    (tmp_path / "README.md").write_text(template.replace("[More Information Needed]", "Trained by me."))
+    with pytest.raises(FileExistsError, match="was not written by kron_hf"):
+        write_model_card(adapter, tmp_path)
