@@ -111,6 +111,7 @@ def test_weights_of_an_earlier_push_are_replaced(hub, client, digests, sharded):
 
 
 def test_a_model_takes_the_place_of_an_adapter(hub, client, digests):
+    client.value("push", repo="alice/was-adapter", seed=1)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         client.value("upload", repo="alice/was-adapter", path=name, text="{}")
     client.value("push", repo="alice/was-adapter", seed=0)
