@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def test_summary_prints_the_table_of_the_saved_model(saved, capsys):
     out, err = capsys.readouterr()
     assert out == f"{kron_summary(model)}\n"
     assert err == ""
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"kron_hf {importlib.metadata.version('kron_hf')}\n"
 
 
 def test_summary_as_json(saved, capsys):

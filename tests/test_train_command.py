@@ -386,6 +386,8 @@ def test_options_from_a_file_and_the_command_line_wins(tmp_path, photos):
     (tmp_path / "run.yaml").write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()))
     parsed = [parse_options([str(tmp_path / name), "--seed", "7"]) for name in ("run.json", "run.yaml")]
     assert parsed[0][:4] == parsed[1][:4]
+    (tmp_path / "map.json").write_text(json.dumps(values | {"config_overrides": TINY_VIT}))
+    assert parse_options([str(tmp_path / "map.json"), "--seed", "7"])[:4] == parsed[0][:4]
     for options in parsed:
         assert options.kron.conversion() == {"block_size": (4, 8)}
         assert (options.training.learning_rate, options.training.seed) == (0.5, 7)

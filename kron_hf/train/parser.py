@@ -84,6 +84,8 @@ def _from_file(path: Path) -> list[str]:
         raise ValueError(f"{path} must hold a mapping of options to values, got {type(values).__name__}")
     known = {item.name for group in GROUPS for item in fields(group) if item.init}
     names = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if isinstance(overrides := names.get("config_overrides"), dict):
+        names["config_overrides"] = ",".join(f"{key}={value}" for key, value in overrides.items())
     if unknown := sorted(names.keys() - known):
         raise ValueError(f"{path} has options that kron-hf train does not know: {unknown}")
     return [word for name, value in names.items() if value is not None for word in (f"--{name}", *_words(value))]
