@@ -9,6 +9,20 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def figures(record_property):
+    """Takes what a test counted; the end of the run shows it."""
+    return lambda text: record_property("figures", text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "figures" and report.when == "call":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

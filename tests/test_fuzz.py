@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def fuzzed(door: str, first: int, count: int) -> tuple[list[dict[str, Any]], str
     return results, rest
 
 
-def check(door: str, first: int, count: int) -> dict[str, Counter]:
-    """Fuzzes, prints and checks what holds for every input; returns the outcomes by way of loading."""
+def check(door: str, first: int, count: int, figures: Callable[[str], None]) -> dict[str, Counter]:
+    """Fuzzes, counts and checks what holds for every input; returns the outcomes by way of loading."""
     results, rest = fuzzed(door, first, count)
     assert len(results) == count
     bad = [result for result in results if result["bad"]]
@@ -57,36 +58,38 @@ def check(door: str, first: int, count: int) -> dict[str, Counter]:
     kinds = Counter(result["kind"] for result in results)
     assert kinds.keys() == (KINDS if door == "checkpoint" else ADAPTER_KINDS).keys()
     ways = {key: Counter(result[key] for result in results if key in result) for key in WAYS}
-    print("inputs", count, *(f"\n  {kind}: {number}" for kind, number in sorted(kinds.items())))  # noqa: T201
-    print(*(f"{way}: {dict(outcomes)}\n" for way, outcomes in ways.items() if outcomes))  # noqa: T201
-    print("peak of a process, MB:", max(result["peak_mb"] for result in results))  # noqa: T201
+    outcomes = [f"{way} {dict(counts)}" for way, counts in ways.items() if counts]
+    peak, grown = (max(result[key] for result in results) for key in ("peak_mb", "grown_mb"))
+    figures(
+        f"{count} inputs of {len(kinds)} kinds; {'; '.join(outcomes)}; peak {peak} MB, one input at most {grown} MB"
+    )
     return ways
 
 
-def check_checkpoints(first: int, count: int) -> None:
-    ways = check("checkpoint", first, count)
+def check_checkpoints(first: int, count: int, figures: Callable[[str], None]) -> None:
+    ways = check("checkpoint", first, count, figures)
     plain, summary = ways["by_from_pretrained"], ways["by_summary"]
     assert min(plain["loaded"], plain["refused ValueError"], summary["loaded"], summary["refused"]) > count // 40
 
 
-def check_adapters(first: int, count: int) -> None:
-    outcomes = check("adapter", first, count)["by_peft"]
+def check_adapters(first: int, count: int, figures: Callable[[str], None]) -> None:
+    outcomes = check("adapter", first, count, figures)["by_peft"]
     assert min(outcomes["loaded"], outcomes["refused ValueError"]) > count // 20
 
 
-def test_damaged_checkpoints():
-    check_checkpoints(0, 240)
+def test_damaged_checkpoints(figures):
+    check_checkpoints(0, 240, figures)
 
 
-def test_damaged_adapters():
-    check_adapters(0, 60)
-
-
-@pytest.mark.slow
-def test_thousands_of_damaged_checkpoints():
-    check_checkpoints(10_000, 7000)
+def test_damaged_adapters(figures):
+    check_adapters(0, 60, figures)
 
 
 @pytest.mark.slow
-def test_thousands_of_damaged_adapters():
-    check_adapters(10_000, 2000)
+def test_thousands_of_damaged_checkpoints(figures):
+    check_checkpoints(10_000, 7000, figures)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_adapters(figures):
+    check_adapters(10_000, 2000, figures)

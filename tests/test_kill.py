@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 
@@ -109,7 +108,7 @@ def assert_same_end(run, whole_run):
     assert_same_checkpoint(run / LAST, whole_run / LAST)
 
 
-def test_kill_9_at_random_moments(server, whole, tmp_path, capsys):
+def test_kill_9_at_random_moments(server, whole, tmp_path, figures):
     data, whole_run, duration = whole
     chance, phases, runs, resumed = random.Random(0), Counter(), 0, 0
     while phases.total() < KILLS:
@@ -129,10 +128,8 @@ def test_kill_9_at_random_moments(server, whole, tmp_path, capsys):
         assert server.run(command(data, run), log) == 0, log.read_text()
         resumed += "Going on from" in log.read_text()
         assert_same_end(run, whole_run)
-    with capsys.disabled():
-        listed = ", ".join(f"{count} {name}" for name, count in phases.most_common())
-        kills = f"{phases.total()} kills in {runs} runs survived, bit for bit ({listed})"
-        sys.stdout.write(f"\n{kills}; {resumed} runs resumed\n")
+    listed = ", ".join(f"{count} {name}" for name, count in phases.most_common())
+    figures(f"{phases.total()} kills in {runs} runs survived, bit for bit ({listed}); {resumed} runs resumed")
     assert resumed > 0
     assert phases["training"] > 0
     assert phases["writing a checkpoint"] > 0

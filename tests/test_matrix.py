@@ -45,8 +45,9 @@ def test_table():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(matrix.PINS))
-def test_supported_versions(name):
+def test_supported_versions(name, figures):
     done = run_matrix(name)
     if done.returncode == matrix.NOT_INSTALLED and "CI" not in os.environ:
         pytest.skip(f"pip could not install the versions: {done.stdout[-300:]}")
     assert done.returncode == 0, done.stdout[-5000:]
+    figures(" ".join(done.stdout.splitlines()[-1].split()))
