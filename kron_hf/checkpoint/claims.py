@@ -61,18 +61,19 @@ def check_elements(tensors: Iterable[Tensor], stored: int) -> None:
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    pending = [(config, 0)]
+    """Every setting with its value, at any depth; names of labels are none."""
+    pending = [(config, 0, False)]
     while pending:
-        holder, level = pending.pop()
+        holder, level, in_names = pending.pop()
         if level > MAX_NESTING:
             raise ValueError(f"config.json is nested deeper than {MAX_NESTING} levels")
         values = vars(holder) if isinstance(holder, PreTrainedConfig) else holder
         if isinstance(values, dict):
-            yield from ((str(key), value) for key, value in values.items())
-            pending += [(value, level + 1) for key, value in values.items() if key not in NAMES]
+            if not in_names:
+                yield from ((str(key), value) for key, value in values.items())
+            pending += [(value, level + 1, in_names or key in NAMES) for key, value in values.items()]
         elif isinstance(values, list | tuple):
-            pending += [(value, level + 1) for value in values]
+            pending += [(value, level + 1, in_names) for value in values]
 
 
 def _total(key: str, value: Any) -> float:
