@@ -1,3 +1,6 @@
+import doctest
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +71,9 @@ def test_block_sparsity_counts_blocks_that_are_zero_in_every_entry():
     model[1].weight[:, 4:] = 0.0
     assert block_sparsity(model, config) == (8 + 16) / (64 + 32)
     assert block_sparsity(model, 1) == (16 - 1 + 16) / (64 + 32)
+
+
+@pytest.mark.parametrize("name", ["callbacks", "magnitude", "targets", "to_kron"])
+def test_docstring_examples(name):
+    results = doctest.testmod(import_module(f"kron_hf.baselines.{name}"))
+    assert (results.failed, results.attempted > 0) == (0, True)

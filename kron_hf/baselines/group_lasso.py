@@ -22,7 +22,7 @@ from kron_hf.baselines.options import Checks, checked_number, schedule
 from kron_hf.baselines.pruner import BlockPruner
 from kron_hf.factors import to_blocks
 from kron_hf.sharding import gather
-from kron_hf.sparsity.masks import pack_mask, unpack_mask
+from kron_hf.sparsity.masks import pack_mask
 
 __all__ = ["ElasticGroupLasso", "GroupLasso", "group_soft_threshold"]
 
@@ -89,7 +89,7 @@ class GroupLasso(BlockPruner):
             rms = block_rms(weight, layer)
             mean = rms.square().mean().sqrt()
             factor = group_soft_threshold(rms, self.strength / steps * mean * omega)
-            factor = torch.where(kept, factor.clamp_min(least), factor)
+            factor = torch.where(kept.to(factor.device), factor.clamp_min(least), factor)
             scale_blocks(layer, factor / (1 + self._l2 / steps * omega))
 
     def _method_state(self) -> dict[str, Any]:
@@ -102,10 +102,7 @@ class GroupLasso(BlockPruner):
             return
         if not isinstance(kept, list) or len(kept) != len(self._layers) or not all(isinstance(m, str) for m in kept):
             raise ValueError("the sparsity state is malformed: kept must be a list of base64 texts, one a layer")
-        self._kept = [
-            unpack_mask(text, torch.empty(layer.grid, device=layer.linear.weight.device))
-            for text, layer in zip(kept, self._layers, strict=True)
-        ]
+        self._kept = self._unpacked(kept)
 
 
 class ElasticGroupLasso(GroupLasso):

@@ -191,11 +191,7 @@ class BlockPruner:
             ValueError: The state is of another algorithm or of a model with other layers, or malformed.
         """
         self._check_state(state)
-        device = self._layers[0].linear.weight.device
-        dead = state["dead"]
-        if dead is not None:
-            pairs = zip(dead, self._layers, strict=True)
-            dead = [unpack_mask(text, torch.empty(layer.grid, device=device)) for text, layer in pairs]
+        dead = None if state["dead"] is None else self._unpacked(state["dead"])
         self._load_method_state(state.get("method", {}))
         self._step_count, self._frozen, self._dead = state["step_count"], state["frozen"], dead
         self._frozen_sparsity = self._held_share() if self._frozen else None
@@ -225,6 +221,12 @@ class BlockPruner:
             held = zip(scores, self._dead, strict=True)
             scores = [score.masked_fill(dead.to(score.device), -torch.inf) for score, dead in held]
         return choose_blocks(scores, self._entries(), sparsity, self.options.scope)
+
+    def _unpacked(self, texts: list[str]) -> list[Tensor]:
+        return [
+            unpack_mask(text, torch.empty(layer.grid, device=layer.linear.weight.device))
+            for text, layer in zip(texts, self._layers, strict=True)
+        ]
 
     def _entries(self) -> list[int]:
         return [layer.block_entries for layer in self._layers]

@@ -44,11 +44,13 @@ def to_kron(
         ValueError: As in `block_layers`, or a weight is not finite or on the meta device.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-        >>> with torch.no_grad():
-        ...     _ = model[0].weight[:, 2:].zero_()
-        >>> to_kron(model, (4, 2))[0]
-        KronLinear(in_features=8, out_features=8, block_size=(4, 2), rank=2, bias=True)
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+        >>> with torch.no_grad():  # blocks of rank 1, every other column of them zero
+        ...     _ = model[0].weight.fill_(0.1).view(64, 4, 16)[:, :, 8:].zero_()
+        >>> to_kron(model, 8)[0]
+        KronLinear(in_features=64, out_features=64, block_size=(8, 8), rank=1, bias=True)
+        >>> model[0].sparsity
+        0.5
     """
     targets = dense_targets(model, config, target_modules)
     layers = {target.name: _exact_layer(target, tolerance) for target in targets}
