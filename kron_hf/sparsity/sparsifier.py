@@ -61,7 +61,7 @@ class Sparsifier:
     Blocks frozen before the training (of a pruned model that was loaded) count towards the target and stay dead. What
     is pruned is a function of the weights and the step alone (and of the optimizer's state under l1); ties go by layer
     order and index. So it is the same on all processes: data parallel training sends nothing for it, FSDP2 one
-    all-gather of the factors every `interval` steps.
+    all-gather of the factors every `interval` steps, and in each step one small all-reduce if l1 penalises columns.
 
     Args:
         model: A model with `KronLinear` layers, at any depth, also wrapped by DDP, FSDP2 or `torch.compile`.
