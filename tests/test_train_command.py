@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ from transformers import (
 import kron_hf.train.run
 from kron_hf import kron_summary
 from kron_hf.cli import main
+from kron_hf.sparsity import SparsityOptions
+from kron_hf.train.arguments import KronOptions
 from kron_hf.train.parser import build_parser, parse_options
 from kron_hf.train.record import check_output_dir
 from kron_hf.train.run import check_processes, run_train
@@ -443,3 +446,11 @@ def test_strategies_that_belong_together():
     ]:
         training = parse_options([*base, *given]).training
         assert (training.eval_strategy.value, training.eval_steps, training.load_best_model_at_end) == expected
+
+
+def test_every_option_of_the_sparsifier_is_passed_on():
+    given = {"scope": "layer", "start": 0.1, "end": 0.6, "interval": 5}
+    given |= {"regrowth": "straight_through", "group_penalty": 0.5, "groups": "rows"}
+    options = KronOptions(target_sparsity=0.5, **{f"sparsity_{name}": value for name, value in given.items()})
+    assert options.sparsity() == given
+    assert {"target_sparsity", "l1", *given} == {field.name for field in fields(SparsityOptions)}
