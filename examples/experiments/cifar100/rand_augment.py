@@ -56,7 +56,7 @@ def argument(name: str, level: Tensor, negative: Tensor) -> Tensor:
     if name in LARGEST:
         return signed * LARGEST[name]
     if name == "posterize":
-        return 4 - (level * 4).floor()
+        return (4 - (level * 4).floor()).clamp(min=1)  # no bit left would be black; Pillow refuses it
     if name == "solarize":
         return 256 - (level * 256).floor()
     if name == "solarize_add":

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,8 @@ class Plan:
         return self.base_rate * self.global_batch / self.training.global_batch
 
     def steps_per_epoch(self, images: int) -> int:
-        """Optimizer steps in a pass over so many images.
-
-        Raises:
-            ValueError: They do not fill one batch.
-        """
-        batches = images // (self.per_device_batch * self.processes)
-        if batches == 0:
-            raise ValueError(
-                f"{images} training images do not fill one batch of {self.per_device_batch} on each of "
-                f"{self.processes} processes; pass a smaller --per-device-batch"
-            )
+        """Optimizer steps in a pass over so many images; the last one may have fewer of them."""
+        batches = math.ceil(images / (self.per_device_batch * self.processes))
         return math.ceil(batches / self.accumulation)
 
     def steps(self, images: int) -> int:
@@ -93,6 +85,7 @@ class Plan:
             "block_size": [size, size] if isinstance(size, int) else size and list(size),
             "rank": self.method.rank,
             "l1": self.method.l1,
+            "options": self.method.options,
             "target_sparsity": self.target_sparsity,
             "seed": self.seed,
             "learning_rate": self.base_rate,
@@ -102,11 +95,11 @@ class Plan:
 
     def name(self) -> str:
         """A folder's name for this run."""
-        parts = {**self.identity(), "block_size": self.method.block_size and "x".join(map(str, self._pair()))}
-        return "_".join(f"{key}-{value}".replace("/", "-") for key, value in parts.items() if value is not None)
-
-    def _pair(self) -> list[int]:
-        return self.identity()["block_size"]
+        parts = self.identity()
+        parts["block_size"] = parts["block_size"] and "x".join(map(str, parts["block_size"]))
+        parts["options"] = "_".join(f"{key}-{value}" for key, value in self.method.options.items())
+        shown = [f"{key}-{value}" for key, value in parts.items() if value not in (None, "")]
+        return re.sub(r"[^\w.,+-]", "_", "_".join(shown))
 
 
 def parse_arguments(description: str | None, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +111,9 @@ def parse_arguments(description: str | None, arguments: list[str] | None = None)
     parser.add_argument("--block-size", type=int, nargs="+", help="one number or two: out, in")
     parser.add_argument("--target-sparsity", type=float)
     parser.add_argument("--l1", type=float, help="weight of the penalty, for kron_l1")
+    parser.add_argument(
+        "--method-options", type=json.loads, default={}, help="JSON: arguments of the method's callback"
+    )
     parser.add_argument("--learning-rate", type=float, help="at the declared global batch; default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float)
@@ -202,7 +198,9 @@ def _method(method: Method, options: argparse.Namespace) -> Method:
         if len(size) > 2:
             raise ValueError(f"--block-size takes one number or two (out, in), got {size}")
         given["block_size"] = size[0] if len(size) == 1 else tuple(size)
-    return replace(method, **given)
+    if options.method_options and method.kind == "dense":
+        raise ValueError(f"--method-options does not go with --method {options.method}")
+    return replace(method, **given, options={**method.options, **options.method_options})
 
 
 def _accumulation(global_batch: int, per_device_batch: int, processes: int) -> int:

@@ -86,10 +86,11 @@ def _training_arguments(plan: Plan, options: Any, output_dir: Path) -> TrainingA
         use_cpu=options.use_cpu,
         seed=plan.seed,
         logging_steps=50,
+        save_strategy="steps",
         save_total_limit=1,
+        eval_strategy="steps",
         remove_unused_columns=False,
         dataloader_num_workers=options.num_workers,
-        dataloader_drop_last=True,
         ddp_find_unused_parameters=plan.method.kind == "selection",  # only dropped candidates take no part
         report_to="none",
         disable_tqdm=None if os.isatty(2) else True,
@@ -109,8 +110,6 @@ def _build_trainer(
     training.max_steps, training.warmup_steps = plan.steps(images), plan.warmup_steps(images)
     every = save_steps or EPOCHS_BETWEEN_CHECKPOINTS * plan.steps_per_epoch(images)
     training.save_steps = training.eval_steps = every
-    training.set_save(strategy="steps", steps=every, total_limit=1)
-    training.set_evaluate(strategy="steps", steps=every, batch_size=training.per_device_eval_batch_size)
     set_seed(plan.seed)
     dense = build_dense(
         plan.model, splits.label_names, plan.augmentation.image_size, plan.overrides, plan.training.drop_path

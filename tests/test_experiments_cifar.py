@@ -1,0 +1,301 @@
+"""`examples/experiments/cifar100/train.py` on a tiny data set in CIFAR-100's format, with shrunken models."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer
+
+from kron_hf import KronLinear
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments" / "cifar100"))
+
+from augmented_trainer import AugmentedTrainer
+from measuring import model_figures
+from recipe import load_recipes
+from run_plan import make_plan, parse_arguments
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "experiments" / "cifar100" / "train.py"
+spec = importlib.util.spec_from_file_location("cifar100_train", SCRIPT)
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "patch_size": 4}
+OFTEN = ["--method-options", '{"interval": 1}']
+TARGET = ["--method", "kron_target", "--rank", 2, "--target-sparsity", 0.6, *OFTEN]
+CLASSES = 10
+COLUMNS = {
+    *("experiment", "model", "method", "block_size", "rank", "target_sparsity", "seed", "learning_rate"),
+    *("test_accuracy", "validation_accuracy", "sparsity", "nonzeros", "trained_params", "deployed_params"),
+    *("seconds", "peak_memory_bytes", "steps", "versions"),
+    *("l1", "options", "epochs", "max_steps", "global_batch"),
+}
+
+
+def write_cifar(folder, train=120, test=20):
+    """Random images with CIFAR-100's columns: img, fine_label of 100 classes, coarse_label of 20."""
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "fine_label": datasets.ClassLabel(names=[f"fine{i}" for i in range(100)]),
+            "coarse_label": datasets.ClassLabel(names=[f"coarse{i}" for i in range(20)]),
+        }
+    )
+    generator = np.random.RandomState(0)
+    for split, count in (("train", train), ("test", test)):
+        labels = [i % CLASSES for i in range(count)]
+        images = [Image.fromarray(generator.randint(0, 256, (32, 32, 3)).astype(np.uint8)) for _ in labels]
+        rows = {"img": images, "fine_label": labels, "coarse_label": [label // 5 for label in labels]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def command(data, output_dir, *more, overrides=VIT, steps=6):
+    return [
+        *("--dataset", str(data), "--output-dir", str(output_dir), "--model-overrides", json.dumps(overrides)),
+        *("--image-size", "32", "--max-steps", str(steps), "--global-batch", "16", "--per-device-batch", "8"),
+        *("--save-steps", "3", "--num-workers", "0", "--use-cpu", *map(str, more)),
+    ]
+
+
+def run_folder(output_dir):
+    (folder,) = [path for path in output_dir.iterdir() if path.is_dir()]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="module")
+def rows(data, tmp_path_factory):
+    """One run of each kind: its row and its folder."""
+    kinds = {
+        "dense": (["--method", "dense"], VIT),
+        "target": (TARGET, VIT),
+        "l1": (["--model", "swin-tiny", "--method", "kron_l1", "--l1", 30, "--learning-rate", 0.1, *OFTEN], SWIN),
+    }
+    results = {}
+    for name, (arguments, overrides) in kinds.items():
+        output_dir = tmp_path_factory.mktemp(name)
+        row = train.main(command(data, output_dir, *arguments, overrides=overrides))
+        results[name] = (row, output_dir)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["dense", "target", "l1"])
+def test_a_run_appends_its_row_and_saves_a_model_that_loads(rows, kind):
+    row, output_dir = rows[kind]
+    (line,) = (output_dir / "results.jsonl").read_text().splitlines()
+    assert json.loads(line) == row
+    assert row.keys() == COLUMNS
+    assert row["steps"] == 6
+    assert row["global_batch"] == 16
+    assert 0 <= row["test_accuracy"] <= 1
+    assert row["seconds"] > 0
+    folder = run_folder(output_dir)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    figures = model_figures(model, None)
+    assert {name: row[name] for name in figures} == figures
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 32
+    assert model.config.id2label[3] == "fine3"
+
+
+def test_sparsity_is_what_was_asked_for(rows):
+    dense, target, l1 = (rows[kind][0] for kind in ("dense", "target", "l1"))
+    assert (dense["sparsity"], dense["nonzeros"]) == (0.0, dense["trained_params"])
+    assert (dense["block_size"], dense["rank"], dense["target_sparsity"]) == (None, None, None)
+    assert (target["block_size"], target["rank"], target["target_sparsity"]) == ([4, 4], 2, 0.6)
+    blocks = 2 * (4 * 64 + 2 * 128)  # two layers: four projections of 8 x 8 blocks, two of 8 x 16
+    assert 0.6 <= target["sparsity"] < 0.6 + 1 / blocks
+    assert target["nonzeros"] == target["trained_params"] - round(target["sparsity"] * blocks) * (1 + 2)
+    assert target["trained_params"] < dense["trained_params"]
+    assert 0 < l1["sparsity"] < 1
+    assert (l1["l1"], l1["target_sparsity"], target["l1"]) == (30, None, None)
+
+
+def test_the_rate_is_scaled_to_the_real_batch_and_stored_as_declared(rows):
+    assert rows["target"][0]["learning_rate"] == 3e-4
+    state = json.loads((run_folder(rows["target"][1]) / "checkpoint-6" / "trainer_state.json").read_text())
+    args = torch.load(run_folder(rows["target"][1]) / "training_args.bin", weights_only=False)
+    assert args.learning_rate == pytest.approx(3e-4 * 16 / 512)
+    assert (args.warmup_steps, args.gradient_accumulation_steps, args.weight_decay) == (3, 2, 0.05)
+    assert [entry["step"] for entry in state["log_history"] if "eval_accuracy" in entry] == [3, 6]
+
+
+def test_a_finished_run_is_not_repeated(rows, data, monkeypatch):
+    row, output_dir = rows["dense"]
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert train.main(command(data, output_dir, "--method", "dense")) == row
+    assert len((output_dir / "results.jsonl").read_text().splitlines()) == 1
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(rows, data, tmp_path, monkeypatch):
+    """The kill is after the checkpoint of step 3, in the second half of step 5."""
+    original, calls = AugmentedTrainer.compute_loss, []
+
+    def dying(self, model, *args, **kwargs):
+        calls.append(model.training)
+        if sum(calls) == 10:
+            raise Killed
+        return original(self, model, *args, **kwargs)
+
+    arguments = command(data, tmp_path, *TARGET)
+    monkeypatch.setattr(AugmentedTrainer, "compute_loss", dying)
+    with pytest.raises(Killed):
+        train.main(arguments)
+    monkeypatch.setattr(AugmentedTrainer, "compute_loss", original)
+    row, (expected, output_dir) = train.main(arguments), rows["target"]
+    measured = ("seconds", "peak_memory_bytes")
+    assert {key: row[key] for key in row if key not in measured} == {
+        key: expected[key] for key in expected if key not in measured
+    }
+    resumed, whole = (load_file(run_folder(path) / "model.safetensors") for path in (tmp_path, output_dir))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_folder_of_another_run_is_refused(rows, data, tmp_path):
+    folder = tmp_path / run_folder(rows["dense"][1]).name
+    folder.mkdir()
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train.main(command(data, tmp_path, "--method", "dense"))
+
+
+@pytest.mark.parametrize(("option", "sizes"), [([], [10, 20]), (["--validation-only"], [10])], ids=["both", "one"])
+def test_all_images_are_evaluated_and_test_images_once_or_not_at_all(data, tmp_path, monkeypatch, option, sizes):
+    read, accuracy = [], train._accuracy
+    monkeypatch.setattr(AugmentedTrainer, "train", lambda *_, **__: None)
+    monkeypatch.setattr(train, "_accuracy", lambda seen: read.append(len(seen.label_ids)) or accuracy(seen))
+    row = train.main(command(data, tmp_path, "--method", "dense", *option))
+    assert read == sizes
+    assert (row["test_accuracy"] is None) == bool(option)
+    assert 0 <= row["validation_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("model", ["vit-tiny", "swin-tiny"])
+def test_dry_run_tells_what_would_be_run(model, capsys):
+    assert train.main(["--dry-run", "--model", model, "--method", "kron_target", "--rank", "1"]) is None
+    told = capsys.readouterr().out
+    assert "steps: 26,400, 88 an epoch of 45,000 images, 440 to warm up" in told
+    assert "images a step: 512 = 64 x 1 processes x 8 accumulated" in told
+    assert {"vit-tiny": "5,543,716 dense", "swin-tiny": "27,596,254 dense"}[model] in told
+
+
+def test_declared_recipes_are_the_papers():
+    recipes = load_recipes()
+    assert recipes.models.keys() == {"vit-tiny", "vit-base", "swin-tiny"}
+    baselines = {"group_lasso", "elastic_group_lasso", "block_rigl", "iterative_pruning", "gradual_pruning"}
+    assert recipes.methods.keys() == {"dense", "kron_target", "kron_l1", "selection"} | baselines
+    assert recipes.methods["kron_target"].rate(4) == 1e-4
+    assert recipes.methods["kron_target"].rate(1) == 1e-3
+    training, images = recipes.training, recipes.augmentation
+    assert (training.epochs, training.warmup_epochs, training.global_batch) == (300, 5, 512)
+    assert (training.weight_decay, training.drop_path) == (0.05, 0.1)
+    assert (images.mixup, images.cutmix, images.label_smoothing, images.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (images.magnitude, images.magnitude_std, images.image_size) == (9, 0.5, 224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit-huge"], "'vit-huge' is not declared"),
+        (["--method", "magic"], "'magic' is not declared"),
+        (["--method", "dense", "--rank", "2"], "--rank does not go with --method dense"),
+        (["--method", "kron_target", "--l1", "1"], "--l1 does not go with"),
+        (["--method", "kron_l1", "--target-sparsity", "0.5"], "--target-sparsity does not go with kron_l1"),
+        (["--method", "dense", *OFTEN], "--method-options does not go with --method dense"),
+        (["--rank", "3"], r"no learning rate is declared for rank 3, only for \[1, 2, 4\]"),
+        (["--block-size", "1", "2", "3"], "takes one number or two"),
+        (["--per-device-batch", "48"], "512 images a step cannot be made of 48 on each of 1 processes"),
+    ],
+)
+def test_command_lines_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(parse_arguments(None, arguments))
+
+
+def test_processes_share_the_global_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    plan = make_plan(parse_arguments(None, ["--per-device-batch", "32", "--global-batch", "256", "--rank", "1"]))
+    assert (plan.processes, plan.accumulation, plan.global_batch) == (4, 2, 256)
+    assert plan.learning_rate == pytest.approx(1e-3 / 2)
+    assert plan.steps_per_epoch(45_000) == 176  # 352 batches of 32 on each process, two a step
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("mixup: 0.8", "mixupp: 0.8", "mixupp"),
+        ("erasing: 0.25", "erasing: 25", "augmentation.erasing is a probability, got 25"),
+        ("kind: dense", "kind: dens", "kind must be one of"),
+    ],
+    ids=["name", "range", "kind"],
+)
+def test_recipes_that_are_wrong_are_refused(tmp_path, old, new, message):
+    text = (SCRIPT.parent / "recipes.yaml").read_text()
+    assert old in text
+    (tmp_path / "mine.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=f"mine.yaml: .*{message}"):
+        load_recipes(tmp_path / "mine.yaml")
+
+
+def test_figures_of_a_pruned_dense_model_are_counted_from_its_zeros():
+    plan = make_plan(parse_arguments(None, command("", "", "--method", "dense")))
+    model = train.build_dense(plan.model, ["a", "b"], 32, VIT, 0.0)
+    weight = model.vit.layers[0].mlp.fc1.weight  # [64, 32]
+    with torch.no_grad():
+        weight[4:8, 8:12] = 0
+        weight[0, :] = 0  # no block of 4 x 4
+        weight[12:16, 0:4] = -weight[12:16, 0:4].abs() - 1  # negative is not zero
+    total = sum(parameter.numel() for parameter in model.parameters())
+    figures = model_figures(model, 4)
+    projections = 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert figures["sparsity"] == 16 / projections
+    assert figures["nonzeros"] == total - 16
+    assert figures["trained_params"] == figures["deployed_params"] == total
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate_resume_to_the_same_bits(data, tmp_path):
+    config = ROOT / "examples" / "accelerate" / "cpu_2_processes.yaml"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch(output_dir):
+        arguments = command(data, output_dir, "--method", "kron_target", "--target-sparsity", 0.5, *OFTEN)
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(SCRIPT)]
+        done = subprocess.run([*words, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = launch(tmp_path / "whole")
+    assert told.count("6 steps of 16 images, from scratch") == 1  # one process speaks
+    whole = run_folder(tmp_path / "whole")
+    resumed = tmp_path / "resumed" / whole.name
+    resumed.mkdir(parents=True)
+    (whole / "checkpoint-3").rename(resumed / "checkpoint-3")
+    assert f"from {resumed / 'checkpoint-3'}" in launch(tmp_path / "resumed")
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    rows = [json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("whole", "resumed")]
+    assert [row["sparsity"] for row in rows] == [0.5, 0.5]
+    assert rows[0]["test_accuracy"] == rows[1]["test_accuracy"]
+    model = AutoModelForImageClassification.from_pretrained(whole)
+    assert sum(isinstance(module, KronLinear) for module in model.modules()) == 12
