@@ -19,6 +19,7 @@ from kron_hf import KronLinear
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments" / "cifar100"))
 
+from augmentation import Augmentation
 from augmented_trainer import AugmentedTrainer
 from measuring import model_figures
 from recipe import load_recipes
@@ -161,7 +162,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(rows, data, tmp_path, monkeypatch
     with pytest.raises(Killed):
         train.main(arguments)
     monkeypatch.setattr(AugmentedTrainer, "compute_loss", original)
+    draws, augment = [], Augmentation.__call__
+
+    def recording(self, images, labels, **place):
+        draws.append((place["step"], place["micro_batch"], place["rank"], len(images)))
+        return augment(self, images, labels, **place)
+
+    monkeypatch.setattr(Augmentation, "__call__", recording)
     row, (expected, output_dir) = train.main(arguments), rows["target"]
+    assert draws == [(step, micro_batch, 0, 8) for step in (3, 4, 5) for micro_batch in (0, 1)]  # never to evaluate
     measured = ("seconds", "peak_memory_bytes")
     assert {key: row[key] for key in row if key not in measured} == {
         key: expected[key] for key in expected if key not in measured
@@ -197,6 +206,7 @@ def test_dry_run_tells_what_would_be_run(model, capsys):
     assert "steps: 26,400, 88 an epoch of 45,000 images, 440 to warm up" in told
     assert "images a step: 512 = 64 x 1 processes x 8 accumulated" in told
     assert {"vit-tiny": "5,543,716 dense", "swin-tiny": "27,596,254 dense"}[model] in told
+    assert {"vit-tiny": "960,170,496 of 2,507,020,800 dense", "swin-tiny": "of 8,979,750,912 dense"}[model] in told
 
 
 def test_declared_recipes_are_the_papers():
@@ -273,25 +283,42 @@ def test_figures_of_a_pruned_dense_model_are_counted_from_its_zeros():
     assert figures["trained_params"] == figures["deployed_params"] == total
 
 
+# Dies in the second half of step 5, after the checkpoint of step 3.
+DYING = """
+import sys
+sys.path.insert(0, {folder!r})
+import augmented_trainer, train
+original, calls = augmented_trainer.AugmentedTrainer.compute_loss, []
+def dying(self, model, *args, **kwargs):
+    calls.append(model.training)
+    if sum(calls) == {call}:
+        raise SystemExit(7)
+    return original(self, model, *args, **kwargs)
+augmented_trainer.AugmentedTrainer.compute_loss = dying
+train.main()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_under_accelerate_resume_to_the_same_bits(data, tmp_path):
     config = ROOT / "examples" / "accelerate" / "cpu_2_processes.yaml"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    (tmp_path / "dying.py").write_text(DYING.format(folder=str(SCRIPT.parent), call=5))
 
-    def launch(output_dir):
+    def launch(script, output_dir):
         arguments = command(data, output_dir, "--method", "kron_target", "--target-sparsity", 0.5, *OFTEN)
-        words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(SCRIPT)]
-        done = subprocess.run([*words, *arguments], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+        return subprocess.run([*words, *arguments], env=environment, capture_output=True, text=True, check=False)
 
-    told = launch(tmp_path / "whole")
-    assert told.count("6 steps of 16 images, from scratch") == 1  # one process speaks
-    whole = run_folder(tmp_path / "whole")
-    resumed = tmp_path / "resumed" / whole.name
-    resumed.mkdir(parents=True)
-    (whole / "checkpoint-3").rename(resumed / "checkpoint-3")
-    assert f"from {resumed / 'checkpoint-3'}" in launch(tmp_path / "resumed")
+    done = launch(SCRIPT, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 steps of 16 images, from scratch") == 1  # one process speaks
+    assert launch(tmp_path / "dying.py", tmp_path / "resumed").returncode != 0
+    whole, resumed = (run_folder(tmp_path / name) for name in ("whole", "resumed"))
+    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-3"]
+    done = launch(SCRIPT, tmp_path / "resumed")
+    assert done.returncode == 0, done.stderr
+    assert f"from {resumed / 'checkpoint-3'}" in done.stdout
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     rows = [json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("whole", "resumed")]

@@ -1,7 +1,6 @@
 """What a run would be, without data and without training."""
 
 import torch
-from measuring import model_figures
 from run_plan import Plan
 from sparsity_methods import attach, build_dense
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,16 +17,17 @@ def describe(plan: Plan) -> str:
     """The recipe, the steps, and what the model costs."""
     names = [str(label) for label in range(LABELS)]
     size = plan.augmentation.image_size
-    dense = build_dense(plan.model, names, size, plan.overrides, plan.training.drop_path)
-    dense_flops = _forward_flops(dense, size)
-    model = attach(dense, plan.method, plan.training, plan.target_sparsity or 0.0).model
-    summary, figures = kron_summary(model), model_figures(model, None)
-    trained = figures["trained_params"]
-    flops = _forward_flops(model, size)
+    with torch.device("meta"):
+        dense = build_dense(plan.model, names, size, plan.overrides, plan.training.drop_path)
+        dense_flops = _forward_flops(dense, size)
+        model = attach(dense, plan.method, plan.training, plan.target_sparsity or 0.0).model
+        flops = _forward_flops(model, size)
+    summary = kron_summary(model)
+    trained = summary.trained_params
     lines = {
         "run": plan.name(),
         "model": f"{type(model).__name__}, {size} x {size} pixels, {plan.overrides or 'sizes as declared'}",
-        "parameters": f"{trained:,} trained, {figures['deployed_params']:,} deployed, {summary.dense_params:,} dense",
+        "parameters": f"{trained:,} trained, {summary.deployed_params:,} deployed, {summary.dense_params:,} dense",
         "converted layers": f"{len(summary.layers)}, {summary.converted.trained_params:,} parameters of "
         f"{summary.converted.dense_params:,}",
         "FLOPs an image": f"forward {flops:,} of {dense_flops:,} dense; training three times that",
@@ -45,10 +45,8 @@ def describe(plan: Plan) -> str:
 
 
 def _forward_flops(model: torch.nn.Module, size: int) -> int:
-    """A multiply-add is 2; of one image through the whole model."""
-    training = model.training
+    """Of one image, a multiply-add as 2; on the meta device, because the CPU's attention is not counted."""
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size))
-    model.train(training)
     return counter.get_total_flops()
