@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer
 
+import kron_hf
 from kron_hf import KronLinear
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments" / "cifar100"))
@@ -84,9 +86,24 @@ def data(tmp_path_factory):
 def rows(data, tmp_path_factory):
     """One run of each kind: its row and its folder."""
     kinds = {
-        "dense": (["--method", "dense"], VIT),
+        "dense": (["--method", "dense", "--save-steps", 6], VIT),
         "target": (TARGET, VIT),
-        "l1": (["--model", "swin-tiny", "--method", "kron_l1", "--l1", 30, "--learning-rate", 0.1, *OFTEN], SWIN),
+        "l1": (
+            [
+                "--model",
+                "swin-tiny",
+                "--method",
+                "kron_l1",
+                "--l1",
+                30,
+                "--learning-rate",
+                0.1,
+                "--save-steps",
+                6,
+                *OFTEN,
+            ],
+            SWIN,
+        ),
     }
     results = {}
     for name, (arguments, overrides) in kinds.items():
@@ -141,6 +158,47 @@ def test_a_finished_run_is_not_repeated(rows, data, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
     assert train.main(command(data, output_dir, "--method", "dense")) == row
     assert len((output_dir / "results.jsonl").read_text().splitlines()) == 1
+
+
+BASELINES = {
+    "group_lasso": {"interval": 1},
+    "elastic_group_lasso": {"interval": 1},
+    "block_rigl": {"interval": 1},
+    "iterative_pruning": {"rounds": 2},
+    "gradual_pruning": {"interval": 1},
+}
+
+
+@pytest.mark.skipif(find_spec("kron_hf.baselines") is None, reason="this kron_hf has no baselines")
+@pytest.mark.parametrize(
+    "method", [name if name == "gradual_pruning" else pytest.param(name, marks=pytest.mark.slow) for name in BASELINES]
+)
+def test_baselines_prune_the_dense_model(method, data, tmp_path):
+    options = ["--method-options", json.dumps(BASELINES[method])]
+    row = train.main(command(data, tmp_path, "--method", method, "--target-sparsity", 0.5, *options))
+    assert row["sparsity"] == 0.5
+    assert row["block_size"] == [4, 4]
+    assert row["nonzeros"] == row["trained_params"] - 2 * (4 * 32 * 32 + 2 * 32 * 64) // 2
+    model = AutoModelForImageClassification.from_pretrained(run_folder(tmp_path))
+    assert model_figures(model, 4)["sparsity"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(kron_hf, "BlockSizeCallback"), reason="this kron_hf has no selection")
+def test_a_block_size_is_selected_and_the_run_resumes_after_the_choice(data, tmp_path):
+    method = ["--method", "selection", "--method-options", '{"eval_batches": 1}']
+    arguments = command(data, tmp_path, *method, steps=8)
+    row = train.main(arguments)
+    assert row["block_size"] in ([[2, 2]], [[4, 4]], [[8, 8]])
+    assert row["sparsity"] == 0
+    whole = load_file(run_folder(tmp_path) / "model.safetensors")
+    (tmp_path / "results.jsonl").unlink()
+    again = train.main(arguments)  # goes on from checkpoint-6, trained on with the chosen size
+    assert {key: again[key] for key in ("block_size", "steps", "validation_accuracy", "test_accuracy")} == {
+        key: row[key] for key in ("block_size", "steps", "validation_accuracy", "test_accuracy")
+    }
+    found = load_file(run_folder(tmp_path) / "model.safetensors")
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 class Killed(Exception):

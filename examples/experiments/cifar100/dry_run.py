@@ -2,7 +2,7 @@
 
 import torch
 from run_plan import Plan
-from sparsity_methods import attach, build_dense
+from sparsity_methods import build_dense, convert
 from torch.utils.flop_counter import FlopCounterMode
 
 from kron_hf import kron_summary
@@ -20,7 +20,7 @@ def describe(plan: Plan) -> str:
     with torch.device("meta"):
         dense = build_dense(plan.model, names, size, plan.overrides, plan.training.drop_path)
         dense_flops = _forward_flops(dense, size)
-        model = attach(dense, plan.method, plan.training, plan.target_sparsity or 0.0).model
+        model = convert(dense, plan.method)
         flops = _forward_flops(model, size)
     summary = kron_summary(model)
     trained = summary.trained_params

@@ -1,6 +1,5 @@
 """Builds the model of a run and what makes it sparse."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from recipe import Method, Model, Training
@@ -9,16 +8,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from kron_hf import KronConfig, get_kron_model
 
-__all__ = ["Sparse", "attach", "build_dense"]
-
-
-@dataclass
-class Sparse:
-    """A model ready to train, and the arguments of `KronTrainer` that make it sparse."""
-
-    model: PreTrainedModel
-    trainer_options: dict[str, Any] = field(default_factory=dict)
-    callbacks: list[TrainerCallback] = field(default_factory=list)
+__all__ = ["build_dense", "convert", "trainer_settings"]
 
 
 def build_dense(
@@ -39,33 +29,50 @@ def build_dense(
     return dense
 
 
-def attach(dense: PreTrainedModel, method: Method, training: Training, target_sparsity: float) -> Sparse:
-    """Makes the model what the method trains.
+def convert(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
+    """The model that the method trains, in place.
 
     Raises:
-        ImportError: This kron_hf has no baselines or no selection.
-        ValueError: The method does not fit the model.
+        ValueError: The block size does not fit the model.
+    """
+    if method.kind == "kron":
+        assert method.block_size is not None
+        assert method.rank is not None
+        return get_kron_model(dense, KronConfig(block_size=method.block_size, rank=method.rank))
+    if method.kind == "selection":
+        sizes: dict[str, Any] = {
+            "candidate_block_sizes": list(method.block_sizes),
+            "candidate_ranks": [method.rank],
+        }
+        return get_kron_model(dense, KronConfig(**sizes))
+    return dense
+
+
+def trainer_settings(
+    method: Method, training: Training, target_sparsity: float | None, held_out: Any
+) -> tuple[dict[str, Any], list[TrainerCallback]]:
+    """The arguments of `KronTrainer` that make the model sparse, and the callbacks.
+
+    Args:
+        method: How it becomes sparse.
+        training: Of all runs.
+        target_sparsity: To train to, if the method has a target.
+        held_out: Data to choose a block size by.
+
+    Raises:
+        ValueError: An option of the method is unknown or out of range.
     """
     if method.kind == "dense":
-        return Sparse(dense)
+        return {}, []
     if method.kind == "baseline":
         from kron_hf import baselines
 
         callback = getattr(baselines, str(method.callback))
-        options = {"block_size": method.block_size, "target_sparsity": target_sparsity, **method.options}
-        return Sparse(dense, callbacks=[callback(**options)])
-    options = {"factor_lr": training.factor_lr}
+        return {}, [callback(block_size=method.block_size, target_sparsity=target_sparsity, **method.options)]
+    factor_lr = {"factor_lr": training.factor_lr}
     if method.kind == "selection":
-        from kron_hf import BlockSizeCallback  # pyright: ignore[reportAttributeAccessIssue]
+        from kron_hf import BlockSizeCallback
 
-        candidates: dict[str, Any] = {
-            "candidate_block_sizes": list(method.block_sizes),
-            "candidate_ranks": [method.rank],
-        }
-        model = get_kron_model(dense, KronConfig(**candidates))
-        return Sparse(model, options, [BlockSizeCallback(**method.options)])
-    assert method.block_size is not None
-    assert method.rank is not None
-    model = get_kron_model(dense, KronConfig(block_size=method.block_size, rank=method.rank))
+        return factor_lr, [BlockSizeCallback(eval_dataset=held_out, **method.options)]
     goal = {"target_sparsity": target_sparsity} if method.l1 is None else {"l1": method.l1}
-    return Sparse(model, {**options, **goal, "sparsity_options": method.options or None})
+    return {**factor_lr, **goal, "sparsity_options": method.options or None}, []

@@ -27,8 +27,15 @@ from measuring import model_figures, peak_memory_bytes, versions
 from mixing import soft_cross_entropy
 from raw_images import RawImages, image_processor
 from run_plan import Plan, make_plan, parse_arguments
-from sparsity_methods import attach, build_dense
-from transformers import EvalPrediction, TrainingArguments, set_seed
+from sparsity_methods import build_dense, convert, trainer_settings
+from stochastic_depth import add_drop_path
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 
 from kron_hf import kron_summary, last_checkpoint
 from kron_hf.data.examples import Examples
@@ -57,8 +64,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     _check_settings(output_dir, plan, options.dataset, training)
     with training.main_process_first(local=False, desc="data set"):
         splits = load_splits(options.dataset)
-    trainer, clock = _build_trainer(plan, training, splits, options.save_steps)
     checkpoint = last_checkpoint(output_dir)
+    trainer, clock = _build_trainer(plan, training, splits, options.save_steps, checkpoint)
     tell(f"{plan.name()}: {trainer.args.max_steps} steps of {plan.global_batch} images, from {checkpoint or 'scratch'}")
     trainer.train(resume_from_checkpoint=checkpoint)
     row = _measure(plan, trainer, splits, clock, test=not options.validation_only)
@@ -91,7 +98,7 @@ def _training_arguments(plan: Plan, options: Any, output_dir: Path) -> TrainingA
         eval_strategy="steps",
         remove_unused_columns=False,
         dataloader_num_workers=options.num_workers,
-        ddp_find_unused_parameters=plan.method.kind == "selection",  # only dropped candidates take no part
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=None if os.isatty(2) else True,
     )
@@ -104,32 +111,41 @@ def _training_arguments(plan: Plan, options: Any, output_dir: Path) -> TrainingA
 
 
 def _build_trainer(
-    plan: Plan, training: TrainingArguments, splits: ImageSplits, save_steps: int | None
+    plan: Plan, training: TrainingArguments, splits: ImageSplits, save_steps: int | None, checkpoint: str | None
 ) -> tuple[AugmentedTrainer, Clock]:
     images = len(splits.train)
     training.max_steps, training.warmup_steps = plan.steps(images), plan.warmup_steps(images)
     every = save_steps or EPOCHS_BETWEEN_CHECKPOINTS * plan.steps_per_epoch(images)
     training.save_steps = training.eval_steps = every
     set_seed(plan.seed)
-    dense = build_dense(
-        plan.model, splits.label_names, plan.augmentation.image_size, plan.overrides, plan.training.drop_path
-    )
-    sparse = attach(dense, plan.method, plan.training, plan.target_sparsity or 0.0)
+    model = _build_model(plan, splits.label_names, checkpoint)
     processor, clock = image_processor(plan.augmentation), Clock()
+    validation = Examples(splits.validation, processor, channels=3)
+    sparsity, callbacks = trainer_settings(plan.method, plan.training, plan.target_sparsity, validation)
     trainer = AugmentedTrainer(
-        sparse.model,
+        model,
         training,
         augmentation=Augmentation(plan.augmentation, len(splits.label_names), plan.seed),
         train_dataset=RawImages(splits.train),
-        eval_dataset=Examples(splits.validation, processor, channels=3),
+        eval_dataset=validation,
         processing_class=processor,
         compute_loss_func=soft_cross_entropy,
         compute_metrics=_accuracy,
         preprocess_logits_for_metrics=_predicted,
-        callbacks=[*sparse.callbacks, clock],
-        **sparse.trainer_options,
+        callbacks=[*callbacks, clock],
+        **sparsity,
     )
     return trainer, clock
+
+
+def _build_model(plan: Plan, label_names: list[str], checkpoint: str | None) -> PreTrainedModel:
+    if plan.method.kind == "selection" and checkpoint is not None:
+        # Which candidates are left, the checkpoint alone knows.
+        model = AutoModelForImageClassification.from_pretrained(checkpoint)
+        add_drop_path(model, plan.training.drop_path)
+        return model
+    size, rate = plan.augmentation.image_size, plan.training.drop_path
+    return convert(build_dense(plan.model, label_names, size, plan.overrides, rate), plan.method)
 
 
 def _measure(plan: Plan, trainer: AugmentedTrainer, splits: ImageSplits, clock: Clock, *, test: bool) -> dict[str, Any]:
