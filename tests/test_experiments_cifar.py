@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"
 from augmentation import Augmentation
 from augmented_trainer import AugmentedTrainer
 from measuring import model_figures
-from recipe import load_recipes
-from run_plan import make_plan, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "experiments" / "cifar100" / "train.py"
@@ -257,88 +255,11 @@ def test_all_images_are_evaluated_and_test_images_once_or_not_at_all(data, tmp_p
     assert 0 <= row["validation_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("model", ["vit-tiny", "swin-tiny"])
-def test_dry_run_tells_what_would_be_run(model, capsys):
-    assert train.main(["--dry-run", "--model", model, "--method", "kron_target", "--rank", "1"]) is None
-    told = capsys.readouterr().out
-    assert "steps: 26,400, 88 an epoch of 45,000 images, 440 to warm up" in told
-    assert "images a step: 512 = 64 x 1 processes x 8 accumulated" in told
-    assert {"vit-tiny": "5,543,716 dense", "swin-tiny": "27,596,254 dense"}[model] in told
-    assert {"vit-tiny": "960,170,496 of 2,507,020,800 dense", "swin-tiny": "of 8,979,750,912 dense"}[model] in told
-
-
-def test_declared_recipes_are_the_papers():
-    recipes = load_recipes()
-    assert recipes.models.keys() == {"vit-tiny", "vit-base", "swin-tiny"}
-    baselines = {"group_lasso", "elastic_group_lasso", "block_rigl", "iterative_pruning", "gradual_pruning"}
-    assert recipes.methods.keys() == {"dense", "kron_target", "kron_l1", "selection"} | baselines
-    assert recipes.methods["kron_target"].rate(4) == 1e-4
-    assert recipes.methods["kron_target"].rate(1) == 1e-3
-    training, images = recipes.training, recipes.augmentation
-    assert (training.epochs, training.warmup_epochs, training.global_batch) == (300, 5, 512)
-    assert (training.weight_decay, training.drop_path) == (0.05, 0.1)
-    assert (images.mixup, images.cutmix, images.label_smoothing, images.erasing) == (0.8, 1.0, 0.1, 0.25)
-    assert (images.magnitude, images.magnitude_std, images.image_size) == (9, 0.5, 224)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "vit-huge"], "'vit-huge' is not declared"),
-        (["--method", "magic"], "'magic' is not declared"),
-        (["--method", "dense", "--rank", "2"], "--rank does not go with --method dense"),
-        (["--method", "kron_target", "--l1", "1"], "--l1 does not go with"),
-        (["--method", "kron_l1", "--target-sparsity", "0.5"], "--target-sparsity does not go with kron_l1"),
-        (["--method", "dense", *OFTEN], "--method-options does not go with --method dense"),
-        (["--rank", "3"], r"no learning rate is declared for rank 3, only for \[1, 2, 4\]"),
-        (["--block-size", "1", "2", "3"], "takes one number or two"),
-        (["--per-device-batch", "48"], "512 images a step cannot be made of 48 on each of 1 processes"),
-    ],
-)
-def test_command_lines_that_do_not_fit_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_plan(parse_arguments(None, arguments))
-
-
-def test_processes_share_the_global_batch(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    plan = make_plan(parse_arguments(None, ["--per-device-batch", "32", "--global-batch", "256", "--rank", "1"]))
-    assert (plan.processes, plan.accumulation, plan.global_batch) == (4, 2, 256)
-    assert plan.learning_rate == pytest.approx(1e-3 / 2)
-    assert plan.steps_per_epoch(45_000) == 176  # 352 batches of 32 on each process, two a step
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("mixup: 0.8", "mixupp: 0.8", "mixupp"),
-        ("erasing: 0.25", "erasing: 25", "augmentation.erasing is a probability, got 25"),
-        ("kind: dense", "kind: dens", "kind must be one of"),
-    ],
-    ids=["name", "range", "kind"],
-)
-def test_recipes_that_are_wrong_are_refused(tmp_path, old, new, message):
-    text = (SCRIPT.parent / "recipes.yaml").read_text()
-    assert old in text
-    (tmp_path / "mine.yaml").write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=f"mine.yaml: .*{message}"):
-        load_recipes(tmp_path / "mine.yaml")
-
-
-def test_figures_of_a_pruned_dense_model_are_counted_from_its_zeros():
-    plan = make_plan(parse_arguments(None, command("", "", "--method", "dense")))
-    model = train.build_dense(plan.model, ["a", "b"], 32, VIT, 0.0)
-    weight = model.vit.layers[0].mlp.fc1.weight  # [64, 32]
-    with torch.no_grad():
-        weight[4:8, 8:12] = 0
-        weight[0, :] = 0  # no block of 4 x 4
-        weight[12:16, 0:4] = -weight[12:16, 0:4].abs() - 1  # negative is not zero
-    total = sum(parameter.numel() for parameter in model.parameters())
-    figures = model_figures(model, 4)
-    projections = 2 * (4 * 32 * 32 + 2 * 32 * 64)
-    assert figures["sparsity"] == 16 / projections
-    assert figures["nonzeros"] == total - 16
-    assert figures["trained_params"] == figures["deployed_params"] == total
+def test_a_dry_run_only_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "describe", lambda plan: f"would run {plan.name()}")
+    assert train.main(command("nowhere", tmp_path, "--method", "dense", "--dry-run")) is None
+    assert capsys.readouterr().out.startswith("would run experiment-cifar100_model-vit-tiny_method-dense")
+    assert not list(tmp_path.iterdir())
 
 
 # Dies in the second half of step 5, after the checkpoint of step 3.
