@@ -54,12 +54,23 @@ def test_declared_recipes_are_the_papers():
         ),
         (["--rank", "3"], r"no learning rate is declared for rank 3, only for \[1, 2, 4\]"),
         (["--block-size", "1", "2", "3"], "takes one number or two"),
+        (["--per-device-batch", "0"], "batches must be positive, got 0 a process"),
+        (["--global-batch", "0"], "batches must be positive, got 64 a process and 0 a step"),
         (["--per-device-batch", "48"], "512 images a step cannot be made of 48 on each of 1 processes"),
     ],
 )
 def test_command_lines_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_plan(parse_arguments(None, arguments))
+
+
+def test_a_run_may_go_on_with_another_spread_of_its_batches():
+    plans = [
+        make_plan(parse_arguments(None, arguments))
+        for arguments in (["--per-device-batch", "32"], ["--per-device-batch", "64"], ["--global-batch", "256"])
+    ]
+    assert plans[0].settings() == plans[1].settings() != plans[2].settings()
+    assert plans[0].accumulation == 2 * plans[1].accumulation
 
 
 def test_processes_share_the_global_batch(monkeypatch):

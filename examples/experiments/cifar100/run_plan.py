@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,14 @@ class Plan:
             "learning_rate": self.base_rate,
             "epochs": self.training.epochs,
             "max_steps": self.max_steps,
+            "global_batch": self.global_batch,
         }
+
+    def settings(self) -> dict[str, Any]:
+        """All but how a step's images are spread over processes, which may change between the parts of a run."""
+        spread = ("per_device_batch", "processes", "accumulation")
+        kept = {key: value for key, value in asdict(self).items() if key not in spread}
+        return json.loads(json.dumps({**kept, "global_batch": self.global_batch}))
 
     def name(self) -> str:
         """A folder's name for this run."""
@@ -149,7 +156,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         augmentation = replace(augmentation, image_size=options.image_size)
     method = _method(_declared(recipes.methods, options.method, "method"), options)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    global_batch = options.global_batch or training.global_batch
+    global_batch = training.global_batch if options.global_batch is None else options.global_batch
     rate = options.learning_rate if options.learning_rate is not None else method.rate(method.rank)
     has_target = method.kind == "baseline" or (method.kind == "kron" and method.l1 is None)
     if options.target_sparsity is not None and not has_target:
@@ -205,6 +212,8 @@ def _method(method: Method, options: argparse.Namespace) -> Method:
 
 def _accumulation(global_batch: int, per_device_batch: int, processes: int) -> int:
     at_once = per_device_batch * processes
+    if min(per_device_batch, global_batch) < 1:
+        raise ValueError(f"batches must be positive, got {per_device_batch} a process and {global_batch} a step")
     if global_batch % at_once:
         raise ValueError(
             f"{global_batch} images a step cannot be made of {per_device_batch} on each of {processes} processes: "

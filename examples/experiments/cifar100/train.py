@@ -169,7 +169,6 @@ def _measure(plan: Plan, trainer: AugmentedTrainer, splits: ImageSplits, clock: 
         "seconds": round(seconds, 1),
         "peak_memory_bytes": memory,
         "steps": trainer.state.global_step,
-        "global_batch": plan.global_batch,
         "versions": versions(),
     }
 
@@ -186,7 +185,7 @@ def _finished(results: Path, plan: Plan) -> dict[str, Any] | None:
 
 def _check_settings(output_dir: Path, plan: Plan, dataset: str, training: TrainingArguments) -> None:
     """Writes down what the run is, or refuses a folder in which another one was begun."""
-    settings = json.dumps({"plan": repr(plan), "dataset": dataset}, indent=2)
+    settings = json.dumps({**plan.settings(), "dataset": dataset}, indent=2)
     file = output_dir / "settings.json"
     if training.process_index == 0 and not file.is_file():
         output_dir.mkdir(parents=True, exist_ok=True)
