@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, KronLinear, get_kron_model
+from kron_hf.selection import KronCandidates
 from kron_hf.summary import kron_summary
 from kron_hf.summary.table import HEADER
 
@@ -246,3 +248,58 @@ def test_table_is_aligned():
     for column in HEADER[1:]:
         assert first[header.index(column) + len(column) - 1] != " ", column
     assert "vit.layers.0.attention.q_proj" in first
+
+
+# Layers whose block size is being selected
+
+
+def half_selected():
+    """An 8 x 12 layer with a bias and two of three candidates left, each with zero blocks."""
+    layer = KronCandidates(12, 8, [((4, 4), 2), ((2, 6), 1), ((8, 12), 3)])
+    layer.drop("8x12_rank3")
+    with torch.no_grad():
+        layer.layer("4x4_rank2").s[0] = 0  # rows 0-3
+        layer.layer("2x6_rank1").s[1:3, 1] = 0  # rows 2-5 of columns 6-11
+    return layer
+
+
+def test_a_layer_in_selection_by_hand():
+    layer = half_selected()
+    summary = kron_summary(layer)
+    (counted,) = summary.layers
+    # 4 x 4: S 2 x 3, A twice that, B 2 x 16; 2 x 6: S 4 x 2, A the same, B 12; bias 8
+    assert counted.trained_params == summary.trained_params == (6 + 12 + 32) + (8 + 8 + 12) + 8
+    assert counted.deployed_params == (12 + 32) + (8 + 12) + 8
+    assert counted.nonzeros == summary.nonzeros == (3 * 3 + 32) + (6 * 2 + 12) + 8
+    assert counted.sparsity == summary.sparsity == 2 * 6 / 96  # rows 2-3 of columns 6-11: zero in both
+    assert int((layer.dense_weight() == 0).sum()) == 12
+    assert counted.dense_params == summary.dense_params == 96 + 8
+    assert (counted.dense_forward_flops, counted.dense_training_flops) == (2 * 96, 6 * 96)
+    flops = [kron_summary(layer.layer(key)).converted for key in layer.alive]
+    assert counted.forward_flops == sum(part.forward_flops for part in flops)
+    assert counted.ideal_forward_flops == sum(part.ideal_forward_flops for part in flops)
+    assert (counted.block_size, counted.rank) == (None, None)
+
+
+def test_the_last_candidate_counts_as_the_chosen_layer():
+    layer = half_selected()
+    layer.drop("4x4_rank2", free=False)
+    (left,), (chosen,) = kron_summary(layer).layers, kron_summary(layer.chosen()).layers
+    fields = {"name", "block_size", "rank"}
+    without = [{key: value for key, value in asdict(row).items() if key not in fields} for row in (left, chosen)]
+    assert without[0] == without[1]
+
+
+def test_a_model_in_selection_counts_dense_parameters_once():
+    vit = tiny_vit()
+    dense = numel(vit)
+    model = get_kron_model(vit, KronConfig(candidate_block_sizes=[(4, 8), 8], candidate_ranks=[1]))
+    summary = kron_summary(model)
+    assert summary.dense_params == dense
+    assert summary.trained_params == summary.nonzeros == numel(model)
+    assert len(summary.layers) == 12
+    assert str(summary)
+    with torch.device("meta"):
+        vit = tiny_vit()
+    meta = kron_summary(get_kron_model(vit, KronConfig(candidate_block_sizes=[(4, 8), 8], candidate_ranks=[1])))
+    assert (meta.sparsity, meta.nonzeros, meta.dense_params) == (None, None, dense)

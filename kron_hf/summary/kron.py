@@ -1,11 +1,16 @@
 """`kron_summary`: what a model with Kronecker layers costs, counted from its tensors."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from kron_hf.factors import kron_flops
 from kron_hf.layers import KronLinear
+from kron_hf.selection.candidates import KronCandidates, converted_layers
 from kron_hf.sparsity.pruning import block_masks
-from kron_hf.summary.table import KronSummary, LayerSummary, summarize_model, trained_entries
+from kron_hf.summary.table import KronSummary, LayerSummary, sum_up, summarize_model, trained_entries
 
 __all__ = ["kron_summary"]
 
@@ -13,7 +18,8 @@ __all__ = ["kron_summary"]
 def kron_summary(model: nn.Module) -> KronSummary:
     r"""Counts parameters, nonzeros, sparsity and FLOPs of the Kronecker layers of a model against `nn.Linear`.
 
-    A module that the model uses in several places is counted once.
+    A module that the model uses in several places is counted once. A layer whose block size is being selected is one
+    layer: the sum of the candidates that are left, against one `nn.Linear`; a block is zero where all of them are.
 
     Nonzeros are the entries that zero blocks leave alive: of every living block its entry of S and its `rank` entries
     of A; B as long as any block lives; the bias; and every entry of the model's other parameters. What happens to be
@@ -40,17 +46,49 @@ def kron_summary(model: nn.Module) -> KronSummary:
         >>> kron_summary(KronLinear(256, 8, block_size=(4, 16), rank=1, bias=False)).trained_params
         128
     """
-    named = {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
-    layers = list(named.values())
-    masks = [None] * len(layers) if any(layer.s.is_meta for layer in layers) else block_masks(layers)
-    counted = [
-        _summarize(name or type(model).__name__, layer, alive)
-        for (name, layer), alive in zip(named.items(), masks, strict=True)
-    ]
-    return summarize_model(model, counted, layers, of="converted layers")
+    layers = converted_layers(model)
+    parts = [part for layer in layers.values() for part in _parts(layer)]
+    masks = [None] * len(parts) if any(part.s.is_meta for part in parts) else block_masks(parts)
+    alive = dict(zip(parts, masks, strict=True))
+    counted = [_summarize(name or type(model).__name__, layer, alive) for name, layer in layers.items()]
+    return summarize_model(model, counted, layers.values(), of="converted layers")
 
 
-def _summarize(name: str, layer: KronLinear, alive: Tensor | None) -> LayerSummary:
+def _parts(layer: KronLinear | KronCandidates) -> list[KronLinear]:
+    return [layer] if isinstance(layer, KronLinear) else [layer.layer(key) for key in layer.alive]
+
+
+def _summarize(
+    name: str, layer: KronLinear | KronCandidates, masks: Mapping[KronLinear, Tensor | None]
+) -> LayerSummary:
+    counted = tuple(_summarize_kron(name, part, masks[part]) for part in _parts(layer))
+    if isinstance(layer, KronLinear):
+        return counted[0]
+    total, one = sum_up(counted, name), counted[0]
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    return replace(
+        total,
+        sparsity=None if total.sparsity is None else _joint_sparsity(layer, masks),
+        trained_params=total.trained_params + (0 if layer.bias is None else trained_entries([layer.bias])),
+        nonzeros=None if total.nonzeros is None else total.nonzeros + bias,
+        deployed_params=total.deployed_params + bias,
+        dense_params=one.dense_params + bias,
+        dense_forward_flops=one.dense_forward_flops,
+        dense_training_flops=one.dense_training_flops,
+    )
+
+
+def _joint_sparsity(layer: KronCandidates, masks: Mapping[KronLinear, Tensor | None]) -> float:
+    """Share of the entries of W that lie in a zero block of each candidate."""
+    alive = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool)
+    for part in _parts(layer):
+        (block_out, block_in), mask = part.block_size, masks[part]
+        if mask is not None:
+            alive |= mask.cpu().repeat_interleave(block_out, 0).repeat_interleave(block_in, 1)
+    return int((~alive).sum()) / alive.numel()
+
+
+def _summarize_kron(name: str, layer: KronLinear, alive: Tensor | None) -> LayerSummary:
     bias = 0 if layer.bias is None else layer.bias.numel()
     forward = kron_flops(layer.out_features, layer.in_features, layer.block_size, layer.rank)
     entries = layer.out_features * layer.in_features

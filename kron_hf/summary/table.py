@@ -8,7 +8,7 @@ from torch import nn
 
 from kron_hf.escaping import plain
 
-__all__ = ["KronSummary", "LayerSummary", "summarize_model", "trained_entries"]
+__all__ = ["KronSummary", "LayerSummary", "sum_up", "summarize_model", "trained_entries"]
 
 COUNTS = (
     "trained_params",
@@ -30,8 +30,8 @@ class LayerSummary:
 
     Attributes:
         name: Name of the module in the model.
-        block_size: `(bo, bi)`; None in a sum.
-        rank: Number of Kronecker terms; None in a sum and for dense layers.
+        block_size: `(bo, bi)`; None in a sum, and for a layer whose block size is being selected.
+        rank: Number of Kronecker terms; None likewise and for dense layers.
         sparsity: Share of the entries of W in blocks that are exactly zero, under the mask; None on the meta device.
         trained_params: Entries that require a gradient: of S, A, B and the bias, or of a dense weight and its bias.
         nonzeros: Entries that zero blocks leave alive, see `kron_summary` and `block_summary`; None on the meta device.
@@ -122,7 +122,7 @@ def summarize_model(
     layers = tuple(layers)
     own = {id(parameter) for layer in inside for parameter in layer.parameters()}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
-    converted = _sum_up(layers, of)
+    converted = sum_up(layers, of)
     return KronSummary(
         layers=layers,
         converted=converted,
@@ -138,7 +138,8 @@ def trained_entries(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
-def _sum_up(layers: tuple[LayerSummary, ...], name: str) -> LayerSummary:
+def sum_up(layers: tuple[LayerSummary, ...], name: str) -> LayerSummary:
+    """The sum over layers, with a name of its own."""
     totals = {field: _sum(getattr(layer, field) for layer in layers) for field in COUNTS}
     return LayerSummary(name=name, block_size=None, rank=None, sparsity=_joint_sparsity(layers), **totals)
 
