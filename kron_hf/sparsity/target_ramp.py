@@ -75,7 +75,7 @@ class TargetRamp:
             The zeros of S, masks `[O, I]`, the same on all processes.
         """
         if self._shadow is not None:
-            self._shadow.collect(layers, _required(optimizer))
+            self._shadow.collect(layers, _required(optimizer))  # finds what was loaded, should that be the last step
         masks = self._choose(layers, always, self._target, optimizer)
         _zero(layers, masks)
         return masks
