@@ -1,0 +1,82 @@
+"""How each method is put onto a model."""
+
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from examples.experiments.cases import Candidate
+from examples.experiments.counting import Blocks
+from examples.experiments.models import build_model, kron_config
+from kron_hf import Sparsifier, get_kron_model
+from kron_hf.targets import find_targets
+
+__all__ = ["BASELINES", "Prepared", "prepare"]
+
+BASELINES = {
+    "group_lasso": "GroupLasso",
+    "elastic_group_lasso": "ElasticGroupLasso",
+    "block_rigl": "BlockRigL",
+    "iterative_pruning": "IterativePruning",
+    "gradual_pruning": "GradualPruning",
+}
+
+
+class Pruner(Protocol):
+    """What makes blocks zero while an optimizer trains."""
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Runs after every step of the optimizer from now on."""
+        ...
+
+    def close(self) -> None:
+        """Ends the training."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model ready to be trained.
+
+    Attributes:
+        model: The model.
+        blocks: Block size of each compared layer.
+        pruner: To attach to its optimizer; None for dense, and for Kronecker layers that keep all blocks.
+    """
+
+    model: nn.Module
+    blocks: Blocks
+    pruner: Pruner | None
+
+
+def prepare(candidate: Candidate, model_name: str, size: int, classes: int, total_steps: int) -> Prepared:
+    """Builds the model, converts it if the candidate is Kronecker, and makes the pruner; draws from torch's seed.
+
+    Raises:
+        ValueError: The method is unknown, or an option or block size does not suit it.
+    """
+    model = build_model(model_name, size, classes)
+    config = kron_config(model_name, candidate.block_size or (1, 1), candidate.rank or 1)
+    options: dict[str, Any] = dict(candidate.options)
+    with warnings.catch_warnings():
+        # Some declared sizes need as many FLOPs as dense; they are here for their accuracy.
+        warnings.filterwarnings("ignore", message="These modules need as many FLOPs as dense ones")
+        blocks = {target.name: target.block_size for target in find_targets(model, config)}
+        if candidate.method == "kron":
+            get_kron_model(model, config)
+    if candidate.target_sparsity is not None:
+        options["target_sparsity"] = candidate.target_sparsity
+    if candidate.method == "kron":
+        pruner = Sparsifier(model, total_steps=total_steps, **options) if options != {"target_sparsity": 0.0} else None
+    elif candidate.method in BASELINES:
+        baselines = import_module("kron_hf.baselines")
+        layers = baselines.block_layers(model, config)
+        pruner = getattr(baselines, BASELINES[candidate.method])(layers, total_steps=total_steps, **options)
+    elif candidate.method == "dense":
+        pruner = None
+    else:
+        raise ValueError(f"method must be dense, kron or one of {[*BASELINES]}, got {candidate.method!r}")
+    return Prepared(model=model, blocks=blocks, pruner=pruner)
