@@ -11,7 +11,7 @@ from examples.experiments.cases import Experiment
 from examples.experiments.cells import Cell, cells_of
 from examples.experiments.plan import EXPERIMENTS
 from examples.experiments.plots import draw_masks, draw_nonzeros, draw_sparsity
-from examples.experiments.results import RESULTS, Rows, read_rows
+from examples.experiments.results import RESULTS, read_rows
 from examples.experiments.tables import (
     case_table,
     conditions,
@@ -32,16 +32,15 @@ TABLES = {
 
 def write_report(experiments: dict[str, Experiment], folder: Path) -> str:
     """Reads `NAME.jsonl` of each experiment, draws its pictures there, and returns the Markdown of all tables."""
-    rows = {name: read_rows(folder / f"{name}.jsonl") for name in experiments}
-    cells = {name: cells_of(experiment, rows[name]) for name, experiment in experiments.items()}
+    cells = {
+        name: cells_of(experiment, read_rows(folder / f"{name}.jsonl")) for name, experiment in experiments.items()
+    }
     parts = ["# Experiments", _bar_table(cells)]
     for name, experiment in experiments.items():
         if cells[name]:
             parts.append(f"## {name}\n\n{conditions(experiment, cells[name])}")
             parts += _tables(cells[name])
-            parts.append(
-                " ".join(f"![{path.stem}]({path.name})" for path in _pictures(name, rows[name], cells[name], folder))
-            )
+            parts.append(" ".join(f"![{path.stem}]({path.name})" for path in _pictures(name, cells[name], folder)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,9 +59,9 @@ def _tables(cells: list[Cell]) -> list[str]:
     return [*parts, f"### All cases\n\n{case_table(cells)}"]
 
 
-def _pictures(name: str, rows: Rows, cells: list[Cell], folder: Path) -> list[Path]:
+def _pictures(name: str, cells: list[Cell], folder: Path) -> list[Path]:
     sparse = [cell for cell in cells if cell.candidate.block_size is not None]
-    masked = [row for row in rows.values() if row.get("masks")]
+    masked = [row for cell in cells for row in cell.rows if row.get("masks")]
     drawn: list[Path] = []
     if sparse:
         drawn = [folder / f"{name}_{kind}.png" for kind in ("sparsity", "nonzeros")]
@@ -70,7 +69,7 @@ def _pictures(name: str, rows: Rows, cells: list[Cell], folder: Path) -> list[Pa
         draw_nonzeros(cells, drawn[1])
     if masked:
         drawn.append(folder / f"{name}_masks.png")
-        draw_masks(masked[-1], drawn[-1])
+        draw_masks(masked[0], drawn[-1])
     return drawn
 
 

@@ -79,13 +79,13 @@ def case_table(cells: list[Cell]) -> str:
 def conditions(experiment: Experiment, cells: list[Cell]) -> str:
     """One paragraph on what all runs share."""
     recipe, images = experiment.recipe, cells[0].rows[0]["images"]
+    grid = ", ".join(f"{rate:g}" for rate in experiment.learning_rates)
     return (
         f"{recipe.model} on {recipe.data}: {images[0]:,} training, {images[1]:,} validation, {images[2]:,} test "
-        f"images; {experiment.steps:,} steps of {recipe.batch_size}, AdamW, weight decay {recipe.weight_decay:g}, warm-up over "
-        f"5 % of the steps, cosine; learning rate searched for every line on the validation images (from "
-        f"{', '.join(f'{rate:g}' for rate in experiment.learning_rates)}, {experiment.search_steps:,} steps, further "
-        f"while the best is at an edge); mean ± standard deviation over the seeds "
-        f"{', '.join(map(str, experiment.seeds))}. {cells[0].rows[0]['versions']}."
+        f"images; {experiment.steps:,} steps of {recipe.batch_size}, AdamW, weight decay {recipe.weight_decay:g}, "
+        "warm-up over 5 % of the steps, cosine. The learning rate of every line is searched on the validation images: "
+        f"{grid}, and further while the best is at an edge, {experiment.search_steps:,} steps each. Mean ± standard "
+        f"deviation over the seeds {', '.join(map(str, experiment.seeds))}. {cells[0].rows[0]['versions']}."
     )
 
 
