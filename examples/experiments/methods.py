@@ -1,6 +1,5 @@
 """How each method is put onto a model."""
 
-import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -10,9 +9,8 @@ from torch.optim import Optimizer
 
 from examples.experiments.cases import Candidate
 from examples.experiments.counting import Blocks
-from examples.experiments.models import build_model, kron_config
-from kron_hf import Sparsifier, get_kron_model
-from kron_hf.targets import find_targets
+from examples.experiments.models import build_model, compared_layers, convert, kron_config
+from kron_hf import Sparsifier
 
 __all__ = ["BASELINES", "Prepared", "prepare"]
 
@@ -61,12 +59,9 @@ def prepare(candidate: Candidate, model_name: str, size: int, classes: int, tota
     model = build_model(model_name, size, classes)
     config = kron_config(model_name, candidate.block_size or (1, 1), candidate.rank or 1)
     options: dict[str, Any] = dict(candidate.options)
-    with warnings.catch_warnings():
-        # Some declared sizes need as many FLOPs as dense; they are here for their accuracy.
-        warnings.filterwarnings("ignore", message="These modules need as many FLOPs as dense ones")
-        blocks = {target.name: target.block_size for target in find_targets(model, config)}
-        if candidate.method == "kron":
-            get_kron_model(model, config)
+    blocks = {target.name: target.block_size for target in compared_layers(model, config)}
+    if candidate.method == "kron":
+        convert(model, config)
     if candidate.target_sparsity is not None:
         options["target_sparsity"] = candidate.target_sparsity
     if candidate.method == "kron":

@@ -1,11 +1,16 @@
 """The four models, and which of their linears are compared."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from kron_hf import KronConfig
+from kron_hf import KronConfig, get_kron_model
+from kron_hf.targets import Target, find_targets
 
-__all__ = ["MLP", "LeNet5", "Linear", "TinyViT", "build_model", "kron_config"]
+__all__ = ["MLP", "LeNet5", "Linear", "TinyViT", "build_model", "compared_layers", "convert", "kron_config"]
 
 
 class Linear(nn.Module):
@@ -120,3 +125,23 @@ def kron_config(name: str, block_size: tuple[int, int], rank: int = 1) -> KronCo
         block_size_pattern=odd,
         init_weights="random",
     )
+
+
+def compared_layers(model: nn.Module, config: KronConfig) -> list[Target]:
+    """The linears that a config names, with their blocks."""
+    with _any_cost():
+        return find_targets(model, config)
+
+
+def convert(model: nn.Module, config: KronConfig) -> None:
+    """`get_kron_model`, in place."""
+    with _any_cost():
+        get_kron_model(model, config)
+
+
+@contextmanager
+def _any_cost() -> Iterator[None]:
+    """Some declared sizes need as many FLOPs as dense; they are here for their accuracy."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These modules need as many FLOPs as dense ones")
+        yield
