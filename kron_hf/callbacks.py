@@ -22,7 +22,8 @@ class SparsityCallback(TrainerCallback, ExportableState):
     `Trainer` calls the integrations of `report_to` before any callback it is given; for them to see it use
     `KronTrainer`, or pass the integration's callback yourself, after this one.
 
-    A resumed training continues bit-equal, whether or not `restore_callback_states_from_checkpoint` is set.
+    A resumed training continues bit-equal, whether or not `restore_callback_states_from_checkpoint` is set. (Straight-
+    through regrowth: not from FSDP2's SHARDED_STATE_DICT, which loses what the masks hide; that warns.)
     `load_best_model_at_end` may load a checkpoint from before the masks froze: that warns. Evaluate only afterwards
     (`eval_delay`) to keep such checkpoints out.
 
@@ -33,6 +34,9 @@ class SparsityCallback(TrainerCallback, ExportableState):
         start: Start of the ramp, or of the penalty, as a share of the training steps.
         end: Its end, where the masks freeze, as a share of the training steps.
         interval: Optimizer steps between two prunings, or two rescalings of S against A under l1.
+        regrowth: "interval" or, with a target, "straight_through".
+        group_penalty: How much whole rows or columns of S count against single blocks, in [0, 1].
+        groups: "rows" (output features), "columns" (input features) or "both".
 
     Raises:
         ValueError: An option is out of range. What depends on the model and the number of steps is checked when the
@@ -52,9 +56,20 @@ class SparsityCallback(TrainerCallback, ExportableState):
         start: float = 0.05,
         end: float = 0.5,
         interval: int = 10,
+        regrowth: str = "interval",
+        group_penalty: float = 0.0,
+        groups: str = "both",
     ) -> None:
         self.options = SparsityOptions(
-            target_sparsity=target_sparsity, l1=l1, scope=scope, start=start, end=end, interval=interval
+            target_sparsity=target_sparsity,
+            l1=l1,
+            scope=scope,
+            start=start,
+            end=end,
+            interval=interval,
+            regrowth=regrowth,
+            group_penalty=group_penalty,
+            groups=groups,
         )
         self.sparsifier: Sparsifier | None = None
 

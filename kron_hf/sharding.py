@@ -1,7 +1,7 @@
 """Factors that are sharded over processes: FSDP2 turns each parameter into a `DTensor`, by default sharded on dim 0.
 
 Everything here is the identity on plain tensors. Masks are whole on every process, so that the part of one that belongs
-to a shard is found without communication: only `gather` communicates.
+to a shard is found without communication: only `gather` and `sum_over_shards` communicate.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-__all__ = ["gather", "is_sharded", "laid_out_as", "local", "shard_of"]
+__all__ = ["gather", "is_sharded", "laid_out_as", "local", "shard_of", "sum_over_shards"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -54,6 +54,27 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     else:
         whole = (tensor.full_tensor() for tensor in sharded)
     return [next(whole) if is_sharded(tensor) else tensor.detach() for tensor in tensors]
+
+
+def sum_over_shards(parts: Sequence[Tensor], likes: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Completes sums along dimension `dim` of each `local(like)` to sums along that dimension of the whole `like`.
+
+    One all-reduce for all parts of one process group; none where `dim` is not sharded. All processes must call it.
+    """
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for index, like in enumerate(likes):
+        if isinstance(like, DTensor):
+            for mesh_dim, placement in enumerate(like.placements):
+                if placement.is_shard(dim):
+                    groups.setdefault(like.device_mesh.get_group(mesh_dim), []).append(index)
+    sums = list(parts)
+    for group, members in groups.items():
+        device = cast(DTensor, likes[members[0]]).device_mesh.device_type  # offloaded shards are out of its reach
+        flat = torch.cat([sums[index].flatten() for index in members]).to(device)
+        dist.all_reduce(flat, group=group)
+        for index, whole in zip(members, flat.split([sums[index].numel() for index in members]), strict=True):
+            sums[index] = whole.view_as(sums[index]).to(sums[index])
+    return sums
 
 
 def _shard_dim(tensor: DTensor) -> tuple[int, int] | None:

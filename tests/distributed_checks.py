@@ -57,6 +57,8 @@ def adamw(model, **options):
 
 TARGET = {"target_sparsity": 0.5}
 L1 = {"l1": 1.0}
+STRAIGHT = {**TARGET, "regrowth": "straight_through", "interval": 3}
+GROUPS = {"group_penalty": 0.75, "groups": "both"}
 
 
 def sparsifier_of(model, method, total_steps=STEPS):
@@ -150,6 +152,20 @@ def fsdp2_l1(folder):
     return {str(dtype): equality("fsdp2", L1, dtype) for dtype in (torch.float64, torch.float32)}
 
 
+def straight_through(folder):
+    return {way: equality(way, STRAIGHT, torch.float64) for way in ("ddp", "fsdp2")}
+
+
+def group_penalties(folder):
+    """Rows are whole on a process; FSDP2 sums the columns."""
+    methods = {"target": TARGET | GROUPS, "l1": L1 | GROUPS}
+    return {
+        f"{way} {name}": equality(way, method, torch.float64)
+        for way in ("ddp", "fsdp2")
+        for name, method in methods.items()
+    }
+
+
 def gradient_accumulation(folder):
     return {way: equality(way, TARGET, torch.float64, accumulate=2) for way in ("ddp", "fsdp2")}
 
@@ -162,7 +178,7 @@ def collectives(folder):
     """How many the sparsifier adds to each step."""
     counts = {}
     for way in ("ddp", "fsdp2"):
-        for name, method in (("target", TARGET), ("l1", L1)):
+        for name, method in (("target", TARGET), ("l1", L1), ("groups", L1 | GROUPS)):
             model = Uneven()
             wrapped = DistributedDataParallel(model) if way == "ddp" else shard(model)
             optimizer, sparsifier = adamw(wrapped), sparsifier_of(wrapped, method)
@@ -173,7 +189,9 @@ def collectives(folder):
                     sparsifier.step(optimizer)
                 steps.append(communication.get_total_counts())
             assert sparsifier.frozen
-    assert counts["ddp target"] == counts["ddp l1"] == [0] * STEPS
+    assert counts["ddp target"] == counts["ddp l1"] == counts["ddp groups"] == [0] * STEPS
+    # One all-reduce for the columns of all layers in each step, two in the last, beside what l1 does.
+    assert counts["fsdp2 groups"] == [{2: 2, 9: 2, 19: 3}.get(step, int(2 < step < 19)) for step in range(STEPS)]
     assert [step + 1 for step, n in enumerate(counts["fsdp2 target"]) if n] == [10, 20]
     assert [step + 1 for step, n in enumerate(counts["fsdp2 l1"]) if n] == [3, 10, 20]
     assert max(counts["fsdp2 target"] + counts["fsdp2 l1"]) == 1
@@ -234,7 +252,14 @@ def sharded_layer(folder):
 
 def resume(folder):
     """A run that stops and goes on, at a step with and without a pruning behind it, equals one that does not."""
-    for way, method, at in (("ddp", TARGET, 15), ("fsdp2", TARGET, 15), ("fsdp2", L1, 15), ("fsdp2", TARGET, 30)):
+    for way, method, at in (
+        ("ddp", TARGET, 15),
+        ("fsdp2", TARGET, 15),
+        ("fsdp2", L1, 15),
+        ("fsdp2", TARGET, 30),
+        ("fsdp2", STRAIGHT, 13),
+        ("ddp", STRAIGHT, 13),
+    ):
         states = []
         for stop in (None, at):
             model = Uneven()
@@ -320,7 +345,16 @@ def weight_average(folder):
 
 
 CORE = ["shards", "ddp_target", "fsdp2_target", "ddp_l1", "fsdp2_l1", "collectives", "sharded_layer"]
-MORE = ["resume", "gradient_accumulation", "gradient_checkpointing", "bf16", "fp16_overflow", "weight_average"]
+MORE = [
+    "straight_through",
+    "group_penalties",
+    "resume",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16_overflow",
+    "weight_average",
+]
 
 if __name__ == "__main__":
     main(globals())

@@ -332,6 +332,7 @@ def test_closing_before_the_end_warns():
         ({"l1": True}, "l1 must be .* got True"),
         ({"l1": "1"}, "l1 must be .* got '1'"),
         ({"l1": 1.0, "scope": "layer"}, "scope='layer' needs a target_sparsity"),
+        ({"l1": 1.0, "regrowth": "straight_through"}, "regrowth='straight_through' needs a target_sparsity"),
     ],
 )
 @pytest.mark.parametrize("cls", [Sparsifier, SparsityCallback])

@@ -48,8 +48,8 @@ def pack_mask(mask: Tensor) -> str:
     return base64.b64encode(bytes((bits << torch.arange(8, dtype=torch.uint8)).sum(1).tolist())).decode()
 
 
-def unpack_mask(text: str, like: Tensor) -> Tensor:
-    """The mask of `pack_mask`, with the shape of `like` and on its device.
+def unpack_mask(text: str, like: Tensor, name: str = "initial_dead") -> Tensor:
+    """The mask of `pack_mask`, with the shape of `like` and on its device; `name` is for errors.
 
     Raises:
         ValueError: The text is no base64, or of a mask of another size.
@@ -57,7 +57,7 @@ def unpack_mask(text: str, like: Tensor) -> Tensor:
     try:
         packed = base64.b64decode(text, validate=True)
     except ValueError:
-        raise ValueError("the sparsity state is malformed: a mask in initial_dead is not base64") from None
+        raise ValueError(f"the sparsity state is malformed: a mask in {name} is not base64") from None
     if len(packed) != -(-like.numel() // 8):
         raise ValueError(f"the sparsity state has a mask of {len(packed)} bytes for a layer of {like.numel()} blocks")
     bits = torch.tensor(list(packed), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from kron_hf.sharding import local, shard_of
 
-__all__ = ["clear_state", "raw_optimizer", "rescale_state", "step_size"]
+__all__ = ["clear_state", "group_of", "raw_optimizer", "rescale_state", "step_size"]
 
 # How the entries of a state tensor depend on the scale of the gradient.
 _POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -44,7 +44,7 @@ def step_size(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float:
         ValueError: The optimizer does not hold the parameter.
         TypeError: It is neither SGD nor like Adam.
     """
-    group = _group(optimizer, parameter)
+    group = group_of(optimizer, parameter)
     if isinstance(optimizer, SGD):
         return group["lr"]
     state = optimizer.state.get(parameter)
@@ -76,12 +76,17 @@ def rescale_state(optimizer: Optimizer, parameter: nn.Parameter, factor: Tensor)
             local(value).mul_(factor ** _POWERS[name])
 
 
-def _group(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The parameter group of an S.
+
+    Raises:
+        ValueError: The optimizer does not hold it.
+    """
     for group in optimizer.param_groups:
         if any(each is parameter for each in group["params"]):
             return group
     raise ValueError(
-        f"l1 needs every S in the optimizer, but an S of shape {list(parameter.shape)} is not among the parameters of "
+        f"the optimizer must hold every S, but an S of shape {list(parameter.shape)} is not among the parameters of "
         f"{type(optimizer).__name__}"
     )
 

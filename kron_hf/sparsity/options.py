@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass
 
+from kron_hf.sparsity.groups import GROUPS
 from kron_hf.sparsity.pruning import SCOPES
 
-__all__ = ["SparsityOptions"]
+__all__ = ["REGROWTHS", "SparsityOptions"]
+
+REGROWTHS = ("interval", "straight_through")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,9 @@ class SparsityOptions:
     start: float = 0.05
     end: float = 0.5
     interval: int = 10
+    regrowth: str = "interval"
+    group_penalty: float = 0.0
+    groups: str = "both"
 
     def __post_init__(self) -> None:
         target, l1 = self.target_sparsity, self.l1
@@ -36,6 +42,16 @@ class SparsityOptions:
             raise ValueError(f"scope={self.scope!r} needs a target_sparsity: one l1 holds for all layers together")
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}")
+        if self.regrowth not in REGROWTHS:
+            raise ValueError(f"regrowth must be one of {REGROWTHS}, got {self.regrowth!r}")
+        if l1 is not None and self.regrowth != "interval":
+            raise ValueError(
+                f"regrowth={self.regrowth!r} needs a target_sparsity: under l1 nothing is masked before the end"
+            )
+        if not (_is_number(self.group_penalty) and 0 <= float(self.group_penalty) <= 1):
+            raise ValueError(f"group_penalty must be a number in [0, 1], got {self.group_penalty!r}")
+        if self.groups not in GROUPS:
+            raise ValueError(f"groups must be one of {GROUPS}, got {self.groups!r}")
         for name, value in (("start", self.start), ("end", self.end)):
             if not (_is_number(value) and 0 <= float(value) <= 1):
                 raise ValueError(f"{name} must be a share of the training steps in [0, 1], got {value!r}")

@@ -6,7 +6,7 @@ does not change when S is rescaled against A, and blocks of different sizes comp
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from kron_hf.sharding import gather
 
 __all__ = [
     "SCOPES",
+    "Regroup",
     "block_entries",
     "block_masks",
     "choose_dead",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 SCOPES = ("global", "layer")
+
+Regroup = Callable[[Tensor], Tensor]
 
 
 def kron_layers(model: nn.Module) -> list[KronLinear]:
@@ -113,15 +116,24 @@ def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required
     return counts
 
 
-def choose_dead(layers: list[KronLinear], always: list[Tensor | None], sparsity: float, scope: str) -> list[Tensor]:
+def choose_dead(
+    layers: list[KronLinear],
+    always: list[Tensor | None],
+    sparsity: float,
+    scope: str,
+    regroup: Regroup | None = None,
+) -> list[Tensor]:
     """Masks `[O, I]` of the least important blocks, those of `always` first, that make up `sparsity`.
+
+    `regroup` changes the importance `[O, I]` of a layer before the choice.
 
     Zeros of S beyond that are in the masks, too. If layers are sharded (FSDP2), all processes must call it; the masks
     are whole and the same on each of them.
     """
     factors = gather_factors(layers)
     device = factors[0][0].device
-    scores = [importance(*each, mask).flatten().to(device) for each, mask in zip(factors, always, strict=True)]
+    scores = [importance(*each, mask) for each, mask in zip(factors, always, strict=True)]
+    scores = [(score if regroup is None else regroup(score)).flatten().to(device) for score in scores]
     entries = [block_entries(layer) for layer in layers]
     required = required_entries(sparsity, sum(n * len(score) for n, score in zip(entries, scores, strict=True)))
     choose = _choose_globally if scope == "global" else _choose_by_layer

@@ -33,14 +33,16 @@ class _Method(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLinear]) -> None: ...
 
 
 class Sparsifier:
     """Makes the Kronecker layers of a model block-sparse during training, then freezes their masks.
 
     With `target_sparsity`, every `interval` optimizer steps of a cubic ramp the S of the least important blocks is set
-    to exactly zero; between two such steps blocks may grow back. At the ramp's end the target is met exactly: at least
+    to exactly zero; between two such steps blocks may grow back: from zero and seen by the forward
+    (`regrowth="interval"`), or hidden from it, from the values they would have without the masks (`"straight_through"`,
+    see `kron_hf.sparsity.shadow`). At the ramp's end the target is met exactly: at least
     `target_sparsity` of the entries of all Kronecker weights lie in zero blocks, by less than one block more.
 
     With `l1`, the paper's mode, each step from `start` to `end` is followed by a proximal step of the penalty
@@ -49,6 +51,9 @@ class Sparsifier:
     become zero as well. More `l1` gives more sparsity, but how much depends on model, data and learning rate; prefer
     a target if you want a number. See `kron_hf.sparsity.proximal` for the mathematics. Adam, AdamW and SGD; momentum of
     SGD amplifies the gradient by 1 / (1 - momentum) against the penalty.
+
+    A `group_penalty` makes both prefer whole rows and columns of blocks, which can be cut out of a layer afterwards;
+    `kron_hf.sparsity.groups` has the formulas, `empty_rows` and `empty_columns` what came of it.
 
     Either way no layer is emptied, and at `end` `KronLinear.freeze_mask` makes the zeros permanent; the rest of the
     training fine-tunes what is left.
@@ -67,6 +72,9 @@ class Sparsifier:
         start: Start of the ramp, or of the penalty, as a share of `total_steps`.
         end: Its end, where the masks freeze, as a share of `total_steps`.
         interval: Optimizer steps between two prunings, or two rescalings of S against A under l1.
+        regrowth: "interval" or "straight_through"; the latter needs a target, and `step` the optimizer.
+        group_penalty: How much whole rows or columns of S count against single blocks, in [0, 1].
+        groups: "rows" (output features), "columns" (input features) or "both".
 
     Raises:
         ValueError: An option is out of range, the model has no `KronLinear` or its parameters are flattened (FSDP
@@ -99,9 +107,20 @@ class Sparsifier:
         start: float = 0.05,
         end: float = 0.5,
         interval: int = 10,
+        regrowth: str = "interval",
+        group_penalty: float = 0.0,
+        groups: str = "both",
     ) -> None:
         self.options = SparsityOptions(
-            target_sparsity=target_sparsity, l1=l1, scope=scope, start=start, end=end, interval=interval
+            target_sparsity=target_sparsity,
+            l1=l1,
+            scope=scope,
+            start=start,
+            end=end,
+            interval=interval,
+            regrowth=regrowth,
+            group_penalty=group_penalty,
+            groups=groups,
         )
         self.total_steps = total_steps
         self.start_step, self.end_step = self.options.ramp(total_steps)
@@ -114,7 +133,7 @@ class Sparsifier:
         self._method: _Method = (
             TargetRamp(self.options, self.start_step, self.end_step, layers, self._initial_dead)
             if l1 is None
-            else ProximalL1(l1, interval)
+            else ProximalL1(self.options)
         )
         self._step_count = 0
         self._frozen = False
@@ -164,11 +183,11 @@ class Sparsifier:
 
         Args:
             optimizer: Given, its state of dead entries is cleared when the masks freeze. l1 needs it, before the
-                learning-rate schedule's step.
+                learning-rate schedule's step, and so does straight-through regrowth.
 
         Raises:
             RuntimeError: An optimizer is attached.
-            TypeError: No optimizer under l1.
+            TypeError: No optimizer under l1 or straight-through regrowth.
         """
         if self._hook is not None:
             raise RuntimeError("Sparsifier: an optimizer is attached, so step() must not be called by hand")
@@ -188,13 +207,15 @@ class Sparsifier:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs beside the model's weights; plain JSON types."""
+        """What a resumed training needs beside the states of model and optimizer; plain JSON types."""
         dead = [None if mask is None else pack_mask(mask) for mask in self._initial_dead]
         counts = {"step_count": self._step_count, "frozen": self._frozen}
         return {**counts, "initial_dead": dead, "method": self._method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict`. Load the model's weights first: their zeros freeze masks, which this corrects.
+
+        Straight-through regrowth also needs the optimizer's state, loaded before the next step; without it it warns.
 
         If layers are sharded (FSDP2), all processes must call it.
 
@@ -208,7 +229,7 @@ class Sparsifier:
         self._initial_dead = [
             None if text is None else unpack_mask(text, layer.s) for text, layer in zip(packed, layers, strict=True)
         ]
-        self._method.load_state_dict(state.get("method", {}))
+        self._method.load_state_dict(state.get("method", {}), layers)
         self._step_count, self._frozen = int(state["step_count"]), bool(state["frozen"])
         for layer, initial in zip(layers, self._initial_dead, strict=True):
             if self._frozen:
@@ -253,6 +274,8 @@ def _check_state(state: object) -> None:
     """Says what is wrong with a state that was read from a damaged file."""
     content = state if isinstance(state, Mapping) else {}
     masks, step, frozen = (content.get(key) for key in ("initial_dead", "step_count", "frozen"))
+    if not isinstance(content.get("method", {}), Mapping):
+        raise ValueError("the sparsity state is malformed: method must be a mapping")
     if not isinstance(masks, list) or not all(mask is None or isinstance(mask, str) for mask in masks):
         raise ValueError("the sparsity state is malformed: initial_dead must be a list of base64 texts or None")
     if type(step) is not int or step < 0 or type(frozen) is not bool:

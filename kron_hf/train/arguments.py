@@ -104,6 +104,13 @@ class KronOptions:
     sparsity_start: float | None = _option(None, "Start of the ramp as a share of all steps.", metavar="F")
     sparsity_end: float | None = _option(None, "End of the ramp, where masks freeze, as a share.", metavar="F")
     sparsity_interval: int | None = _option(None, "Steps between two prunings.", metavar="N")
+    sparsity_regrowth: Literal["interval", "straight_through"] | None = _option(
+        None, "Whether pruned blocks grow back from zero, between prunings, or train on unseen."
+    )
+    sparsity_group_penalty: float | None = _option(
+        None, "How much whole rows or columns of blocks count against single blocks, in [0, 1].", metavar="F"
+    )
+    sparsity_groups: Literal["rows", "columns", "both"] | None = _option(None, "Which of them.")
     factor_lr: float = _option(4.0, "Factor of the learning rate of A and B.", metavar="F")
     mask_lr: float = _option(1.0, "Factor of the learning rate of S.", metavar="F")
 
@@ -132,6 +139,9 @@ class KronOptions:
             "start": self.sparsity_start,
             "end": self.sparsity_end,
             "interval": self.sparsity_interval,
+            "regrowth": self.sparsity_regrowth,
+            "group_penalty": self.sparsity_group_penalty,
+            "groups": self.sparsity_groups,
         }
         return {name: value for name, value in given.items() if value is not None}
 

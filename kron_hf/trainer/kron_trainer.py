@@ -33,7 +33,8 @@ class KronTrainer(SafeSaving):
         mask_lr: Factor of the learning rate of S, which gets no weight decay.
         target_sparsity: Block sparsity to train to, in [0, 1).
         l1: Weight of the l1 penalty on S, the paper's mode. Without this and a target the masks are left alone.
-        sparsity_options: Further arguments of `SparsityCallback`: scope, start, end, interval.
+        sparsity_options: Further arguments of `SparsityCallback`: scope, start, end, interval, regrowth,
+            group_penalty, groups.
         **kwargs: As for `Trainer`.
 
     Raises:
