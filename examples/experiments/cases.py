@@ -59,7 +59,7 @@ class Candidate:
     @property
     def label(self) -> str:
         """The method in words, with its options."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options)
+        options = ", ".join(_in_words(name, value) for name, value in self.options)
         return TRAINED_METHODS[self.method] + (f" ({options})" if options else "")
 
 
@@ -143,3 +143,8 @@ class Run:
             candidate["block_size"] = tuple(candidate["block_size"])
         own = {item.name: row[item.name] for item in fields(cls)[2:]}
         return cls(recipe=Recipe(**pick[Recipe]), candidate=Candidate(**candidate), **own)
+
+
+def _in_words(name: str, value: Any) -> str:
+    """An option for people: `straight-through`, `group penalty 0.5`, `l1 3.0`."""
+    return str(value).replace("_", "-") if name in ("regrowth", "groups") else f"{name.replace('_', ' ')} {value}"

@@ -8,7 +8,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from examples.experiments.cases import Candidate
-from examples.experiments.counting import Blocks
 from examples.experiments.models import build_model, compared_layers, convert, kron_config
 from kron_hf import Sparsifier
 
@@ -46,7 +45,7 @@ class Prepared:
     """
 
     model: nn.Module
-    blocks: Blocks
+    blocks: dict[str, tuple[int, int]]
     pruner: Pruner | None
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from examples.experiments.budget import sparsity_for
 from examples.experiments.cases import Candidate, Case, Experiment, Recipe
-from examples.experiments.counting import sparsity_for
 from examples.experiments.methods import BASELINES
 
 __all__ = ["EXPERIMENTS"]
@@ -103,6 +103,8 @@ def _mlp() -> Experiment:
     """784 -> 256 -> 128 -> 10, its first two layers compared."""
     shapes: list[tuple[Block, int]] = [((8, 8), 2), ((4, 4), 4), ((8, 8), 4), ((8, 8), 1), ((4, 4), 2), ((4, 4), 1)]
     krons = [_kron(block, rank, sparsity) for block, rank in shapes for sparsity in (0.0, *SPARSITIES)]
+    straight = [_kron(*shape, sparsity, regrowth="straight_through") for shape in shapes[:2] for sparsity in SPARSITIES]
+    grouped = [_kron((8, 8), 2, sparsity, group_penalty=0.5, groups="both") for sparsity in SPARSITIES]
     menu: list[tuple[Block, int]] = [((8, 8), 1), ((8, 8), 2), ((4, 4), 1)]
     budgets = [
         case for budget in (5000, 11500, 2400) for case in _at_nonzeros("mlp", budget, menu, [(8, 8), (4, 4), (2, 2)])
@@ -120,6 +122,7 @@ def _mlp() -> Experiment:
             *_at_sparsity(*krons),
             *budgets,
             *_baselines([(8, 8), (4, 4)], SPARSITIES),
+            *_at_sparsity(*straight, *grouped),
             *_l1([((8, 8), 2), ((4, 4), 4)], (3.0, 10.0, 30.0)),
         ),
         pictured=_kron((8, 8), 2, 0.8),

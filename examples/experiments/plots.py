@@ -22,6 +22,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "iterative pruning": {"color": "#CC79A7", "marker": "X", "linestyle": "-."},
     "gradual pruning": {"color": "#000000", "marker": "*", "linestyle": "-."},
 }
+VARIANTS = {"straight-through": ">", "group penalty": "h", ", l1": "p"}
 BARS = {"capsize": 3, "markersize": 7, "markeredgecolor": "black", "markeredgewidth": 0.6, "linewidth": 1.4}
 
 
@@ -117,8 +118,8 @@ def _kind(series: Series) -> str:
 
 def _style(series: Series) -> dict[str, Any]:
     style = STYLES[_kind(series)]
-    is_variant = series[2] is not None and series[0] != "Kronecker"
-    return {**style, "markerfacecolor": "white", "linestyle": ":"} if is_variant else style
+    markers = [marker for name, marker in VARIANTS.items() if name in series[0]]
+    return {**style, "marker": markers[0], "markerfacecolor": "white", "linestyle": ":"} if markers else style
 
 
 def _label(series: Series) -> str:

@@ -51,10 +51,19 @@ def l1_table(cells: list[Cell]) -> str:
 
 
 def case_table(cells: list[Cell]) -> str:
-    """Everything that was measured, a line for each case; what `converted` counts are the compared layers alone."""
+    """Everything that was measured, a line for each case; training FLOPs are over those of `nn.Linear`."""
     dense = dense_cell(cells)
     header = ["method", "block", "rank", "asked", "sparsity", "test accuracy", "minus dense", "validation", "rate"]
-    header += ["trained", "deployed", "nonzeros", "of compared layers", "CPU s", "peak MiB"]
+    header += [
+        "trained",
+        "deployed",
+        "nonzeros",
+        "of compared layers",
+        "their training FLOPs",
+        "empty rows, columns",
+        "CPU s",
+        "peak MiB",
+    ]
     rows = [
         [
             *_names(cell.series),
@@ -68,6 +77,8 @@ def case_table(cells: list[Cell]) -> str:
             f"{cell.mean('deployed_params'):,.0f}",
             f"{cell.mean('nonzeros'):,.0f}",
             f"{cell.mean('converted_nonzeros'):,.0f}",
+            f"{cell.mean('converted_training_flops') / cell.mean('converted_dense_training_flops'):.3f}",
+            _empty(cell),
             f"{cell.mean('cpu_seconds'):.1f}",
             f"{cell.mean('peak_memory_bytes') / 2**20:,.0f}",
         ]
@@ -125,6 +136,13 @@ def _is_at(cell: Cell, method: str, column: float) -> bool:
 def _asked(cell: Cell) -> str:
     column = cell.case.column
     return {"sparsity": f"{column:.0%}", "nonzeros": f"{column:,.0f} nonzeros", "l1": f"l1 {column:g}"}[cell.case.table]
+
+
+def _empty(cell: Cell) -> str:
+    """Of the Kronecker layers' features, what could be cut out."""
+    if cell.candidate.method != "kron":
+        return ""
+    return f"{cell.mean('empty_rows'):.0%}, {cell.mean('empty_columns'):.0%}"
 
 
 def _in_percent(cell: Cell) -> tuple[float, float]:

@@ -13,15 +13,19 @@ import transformers
 from torch import Tensor, nn
 
 from examples.experiments.cases import Run
-from examples.experiments.counting import Blocks, count
 from examples.experiments.images import ImageTensors, load_image_tensors
 from examples.experiments.methods import Prepared, prepare
 from kron_hf import KronLinear, kron_param_groups, kron_summary
+from kron_hf.sparsity import empty_columns, empty_rows
 from kron_hf.sparsity.masks import pack_mask
+from kron_hf.sparsity.pruning import kron_layers
+from kron_hf.summary import block_summary
 
 __all__ = ["accuracy", "execute", "train"]
 
 WARM_UP = 0.05
+WHOLE = ("nonzeros", "trained_params", "deployed_params", "dense_params")
+CONVERTED = (*WHOLE, "forward_flops", "training_flops", "dense_training_flops")
 
 
 def execute(run: Run, *, keep_masks: bool = False) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def execute(run: Run, *, keep_masks: bool = False) -> dict[str, Any]:
         "validation_accuracy": accuracy(model, data.validation) if finite else 0.0,
         "test_accuracy": accuracy(model, data.test) if finite and run.phase == "final" else None,
         "diverged": not finite,
-        **_costs(model, prepared.blocks),
+        **_costs(prepared),
         "images": [len(split[1]) for split in (data.train, data.validation, data.test)],
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
@@ -51,7 +55,7 @@ def execute(run: Run, *, keep_masks: bool = False) -> dict[str, Any]:
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {torch.get_num_threads()} thread",
     }
-    return row | {"masks": _masks(model, prepared.blocks)} if keep_masks else row
+    return row | {"masks": _masks(model)} if keep_masks else row
 
 
 def train(prepared: Prepared, data: ImageTensors, run: Run) -> bool:
@@ -106,27 +110,22 @@ def _batches(split: tuple[Tensor, Tensor], run: Run) -> Iterator[tuple[Tensor, T
             yield images[chosen], labels[chosen]
 
 
-def _costs(model: nn.Module, blocks: Blocks) -> dict[str, Any]:
-    """Of the whole model; those of the compared layers alone have names that begin with `converted_`."""
-    counted, summary = count(model, blocks), kron_summary(model)
-    layers = [model.get_submodule(name) for name in blocks]
-    inside = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    biases = sum(layer.bias.numel() for layer in layers if isinstance(layer.bias, Tensor))
-    return {
-        "sparsity": counted.sparsity,
-        "nonzeros": counted.nonzeros + summary.trained_params - inside,
-        "trained_params": summary.trained_params,
-        "deployed_params": summary.deployed_params,
-        "dense_params": summary.dense_params,
-        "converted_nonzeros": counted.nonzeros,
-        "converted_trained_params": inside,
-        "converted_dense_params": counted.entries + biases,
-    }
+def _costs(prepared: Prepared) -> dict[str, Any]:
+    """By one meter for all methods; `converted_` names count the compared layers alone."""
+    model = prepared.model
+    krons = kron_layers(model)
+    if krons:
+        summary = kron_summary(model)
+    else:
+        layers = {name: (model.get_submodule(name), block) for name, block in prepared.blocks.items()}
+        summary = block_summary(model, layers)
+    empty = {"empty_rows": empty_rows(krons), "empty_columns": empty_columns(krons)} if krons else {}
+    own = {f"converted_{key}": getattr(summary.converted, key) for key in CONVERTED}
+    return {"sparsity": summary.sparsity, **{key: getattr(summary, key) for key in WHOLE}, **own, **empty}
 
 
-def _masks(model: nn.Module, blocks: Blocks) -> dict[str, Any]:
-    layers = {name: model.get_submodule(name) for name in blocks}
-    masks = {name: layer.block_mask for name, layer in layers.items() if isinstance(layer, KronLinear)}
+def _masks(model: nn.Module) -> dict[str, Any]:
+    masks = {name: layer.block_mask for name, layer in model.named_modules() if isinstance(layer, KronLinear)}
     return {name: {"shape": list(mask.shape), "alive": pack_mask(mask)} for name, mask in masks.items()}
 
 
