@@ -33,20 +33,15 @@ PRUNED = Candidate(method="gradual_pruning", block_size=(4, 4), target_sparsity=
 L1 = Candidate(method="kron", block_size=(4, 4), rank=1, options=(("l1", 2.0),))
 
 
-def needs_baselines(candidate):
-    if candidate.method in BASELINES:
-        pytest.importorskip("kron_hf.baselines")
-
-
 def a_run(candidate, **changes):
     return replace(
-        Run(recipe=DIGITS, candidate=candidate, phase="final", steps=60, learning_rate=4e-3, seed=0), **changes
+        Run(recipe=DIGITS, candidate=candidate, phase="final", steps=80, learning_rate=4e-3, seed=0), **changes
     )
 
 
 def an_experiment(*cases, **changes):
     grid = {"learning_rates": (1e-3, 2e-3, 4e-3), "rate_limits": (2.5e-4, 8e-3), "seeds": (0, 1, 2), "seconds": 1.0}
-    return replace(Experiment(recipe=DIGITS, steps=60, search_steps=30, cases=cases, **grid), **changes)
+    return replace(Experiment(recipe=DIGITS, steps=80, search_steps=40, cases=cases, **grid), **changes)
 
 
 def at(column, *candidates, table="sparsity"):
@@ -73,7 +68,6 @@ def made_up(run, validation, test=None, **more):
     ids=lambda candidate: candidate.label,
 )
 def test_every_method_learns_and_is_measured(candidate):
-    needs_baselines(candidate)
     row = execute(a_run(candidate), keep_masks=True)
     assert json.loads(json.dumps(row)) == row
     assert Run.from_row(row) == a_run(candidate)
@@ -120,7 +114,6 @@ def test_lenet5_needs_its_image_size():
 
 @pytest.mark.parametrize("candidate", [KRON, PRUNED], ids=["Kronecker", "dense"])
 def test_sparsity_for_meets_a_number_of_nonzeros(candidate):
-    needs_baselines(candidate)
     sparsity = sparsity_for(3000, "mlp", 8, 10, candidate)
     assert sparsity is not None
     row = execute(a_run(replace(candidate, target_sparsity=sparsity)))
@@ -149,12 +142,12 @@ def test_search_grows_at_its_edges_within_limits_and_ends_inside():
     experiment, tried, rows = an_experiment(at(0.5, KRON)), [], {}
     scores = {1e-3: 0.6, 2e-3: 0.5, 4e-3: 0.4, 5e-4: 0.7, 2.5e-4: 0.8}
     while missing := [run for run in next_runs(experiment, rows) if run.phase == "search"]:
-        assert {(run.seed, run.steps) for run in missing} == {(0, 30)}
+        assert {(run.seed, run.steps) for run in missing} == {(0, 40)}
         tried += [run.learning_rate for run in missing]
         rows |= {run: made_up(run, scores[run.learning_rate]) for run in missing}
     assert tried == [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4]  # 1.25e-4 is beyond the limit
     finals = next_runs(experiment, rows)
-    assert [(run.seed, run.steps, run.learning_rate) for run in finals] == [(seed, 60, 2.5e-4) for seed in (0, 1, 2)]
+    assert [(run.seed, run.steps, run.learning_rate) for run in finals] == [(seed, 80, 2.5e-4) for seed in (0, 1, 2)]
 
 
 def test_the_best_candidate_on_validation_runs_alone():
@@ -174,7 +167,7 @@ def test_the_best_candidate_on_validation_runs_alone():
 def test_a_row_of_another_recipe_is_not_taken():
     experiment = an_experiment(at(0.0, DENSE))
     rows = {run: made_up(run, 0.9 if run.learning_rate == 2e-3 else 0.5) for run in next_runs(experiment, {})}
-    longer = replace(experiment, search_steps=31)
+    longer = replace(experiment, search_steps=41)
     assert {run.phase for run in next_runs(experiment, rows)} == {"final"}
     assert {run.phase for run in next_runs(longer, rows)} == {"search"}
 

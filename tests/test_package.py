@@ -22,7 +22,7 @@ ORDER = [
     {"config", "layers"},
     {"sparsity", "checkpoint", "targets"},
     {"param_groups", "surgery"},
-    {"callbacks", "model", "summary"},
+    {"baselines", "callbacks", "model", "summary"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"demo", "train"},

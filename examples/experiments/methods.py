@@ -1,7 +1,6 @@
 """How each method is put onto a model."""
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 from torch import nn
@@ -10,15 +9,23 @@ from torch.optim import Optimizer
 from examples.experiments.cases import Candidate
 from examples.experiments.models import build_model, compared_layers, convert, kron_config
 from kron_hf import Sparsifier
+from kron_hf.baselines import (
+    BlockRigL,
+    ElasticGroupLasso,
+    GradualPruning,
+    GroupLasso,
+    IterativePruning,
+    block_layers,
+)
 
 __all__ = ["BASELINES", "Prepared", "prepare"]
 
 BASELINES = {
-    "group_lasso": "GroupLasso",
-    "elastic_group_lasso": "ElasticGroupLasso",
-    "block_rigl": "BlockRigL",
-    "iterative_pruning": "IterativePruning",
-    "gradual_pruning": "GradualPruning",
+    "group_lasso": GroupLasso,
+    "elastic_group_lasso": ElasticGroupLasso,
+    "block_rigl": BlockRigL,
+    "iterative_pruning": IterativePruning,
+    "gradual_pruning": GradualPruning,
 }
 
 
@@ -66,9 +73,7 @@ def prepare(candidate: Candidate, model_name: str, size: int, classes: int, tota
     if candidate.method == "kron":
         pruner = Sparsifier(model, total_steps=total_steps, **options) if options != {"target_sparsity": 0.0} else None
     elif candidate.method in BASELINES:
-        baselines = import_module("kron_hf.baselines")
-        layers = baselines.block_layers(model, config)
-        pruner = getattr(baselines, BASELINES[candidate.method])(layers, total_steps=total_steps, **options)
+        pruner = BASELINES[candidate.method](block_layers(model, config), total_steps=total_steps, **options)
     elif candidate.method == "dense":
         pruner = None
     else:

@@ -30,7 +30,7 @@ def draw_sparsity(cells: list[Cell], path: Path) -> None:
     """Test accuracy over block sparsity, a panel for each block size."""
     own = [cell for cell in cells if cell.case.table in ("sparsity", "l1") and cell.candidate.block_size is not None]
     blocks = sorted({cell.candidate.block_size for cell in own if cell.candidate.block_size is not None})
-    figure = _figure(4.6 * len(blocks), 4.6)
+    figure = _figure(max(4.4 * len(blocks), 8), 5)
     all_axes = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
     for axes, block in zip(all_axes, blocks, strict=True):
         lines: dict[Series, list[Cell]] = {}
@@ -41,15 +41,15 @@ def draw_sparsity(cells: list[Cell], path: Path) -> None:
             _draw_line(axes, line, "sparsity", label=_label(series), **_style(series))
         _draw_dense(axes, cells)
         axes.set(title="blocks {} x {}".format(*block), xlabel="block sparsity")
-        axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("test accuracy, %")
+    _legend(figure, all_axes)
     figure.savefig(path, dpi=100)
 
 
 def draw_nonzeros(cells: list[Cell], path: Path) -> None:
     """Test accuracy over the nonzeros of the compared layers, and over the parameters that were trained for them."""
-    figure = _figure(11, 4.8)
+    figure = _figure(10, 5)
     panels = figure.subplots(1, 2, sharey=True)
     keys = ("converted_nonzeros", "converted_trained_params")
     for axes, key, label in zip(panels, keys, ("nonzeros at the end", "parameters trained"), strict=True):
@@ -64,7 +64,7 @@ def draw_nonzeros(cells: list[Cell], path: Path) -> None:
         axes.set(xlabel=f"{label}, compared layers", xscale="log")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend(fontsize=7)
+    _legend(figure, panels)
     figure.savefig(path, dpi=100)
 
 
@@ -95,6 +95,15 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _legend(figure: Any, panels: Any) -> None:
+    """One for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def _draw_line(axes: Any, cells: list[Cell], key: str, **style: Any) -> None:

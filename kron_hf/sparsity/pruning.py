@@ -22,6 +22,7 @@ __all__ = [
     "Regroup",
     "block_entries",
     "block_masks",
+    "choose_blocks",
     "choose_dead",
     "cubic_sparsity",
     "gather_factors",
@@ -131,14 +132,29 @@ def choose_dead(
     are whole and the same on each of them.
     """
     factors = gather_factors(layers)
-    device = factors[0][0].device
     scores = [importance(*each, mask) for each, mask in zip(factors, always, strict=True)]
-    scores = [(score if regroup is None else regroup(score)).flatten().to(device) for score in scores]
-    entries = [block_entries(layer) for layer in layers]
-    required = required_entries(sparsity, sum(n * len(score) for n, score in zip(entries, scores, strict=True)))
+    scores = scores if regroup is None else [regroup(score) for score in scores]
+    chosen = choose_blocks(scores, [block_entries(layer) for layer in layers], sparsity, scope)
+    return [mask.to(s.device) | (s == 0) for mask, (s, _, _) in zip(chosen, factors, strict=True)]
+
+
+def choose_blocks(scores: list[Tensor], entries: list[int], sparsity: float, scope: str) -> list[Tensor]:
+    """Masks of the blocks of lowest score that make up `sparsity`, within one block and without emptying a layer.
+
+    Args:
+        scores: Of the blocks of each layer, any shape, without NaN; -inf where a block is dead for good. Ties go by
+            layer order and index.
+        entries: Entries of one block of each layer, `bo * bi`.
+        sparsity: Share of the entries of all layers that shall lie in chosen blocks.
+        scope: One of `SCOPES`.
+
+    Returns:
+        Bool masks of the shapes of `scores`, on the device of the first.
+    """
+    flat = [score.flatten().to(scores[0].device) for score in scores]
+    required = required_entries(sparsity, sum(n * len(score) for n, score in zip(entries, flat, strict=True)))
     choose = _choose_globally if scope == "global" else _choose_by_layer
-    chosen = choose(scores, entries, required)
-    return [mask.view_as(s).to(s.device) | (s == 0) for mask, (s, _, _) in zip(chosen, factors, strict=True)]
+    return [mask.view(score.shape) for mask, score in zip(choose(flat, entries, required), scores, strict=True)]
 
 
 def _choose_globally(scores: list[Tensor], entries: list[int], required: int) -> list[Tensor]:
