@@ -21,6 +21,7 @@ from examples.experiments.plan import EXPERIMENTS
 from examples.experiments.report import write_report
 from examples.experiments.results import append_row, read_rows
 from examples.experiments.run import complete, describe
+from examples.experiments.run import main as run_command
 from examples.experiments.schedule import answer, next_runs
 from examples.experiments.training import execute
 from kron_hf.data.grey import load_grey_set
@@ -220,6 +221,22 @@ def test_runs_have_names():
     assert describe(a_run(KRON)) == "final Kronecker 4x4 rank 2 to 0.5, rate 0.004, seed 0"
     assert describe(a_run(L1, phase="search")) == "search Kronecker (l1 2.0) 4x4 rank 1, rate 0.004, seed 0"
     assert describe(a_run(DENSE)) == "final dense, rate 0.004, seed 0"
+
+
+def test_list_shows_what_is_missing_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "examples.experiments.run.EXPERIMENTS", {"digits": an_experiment(at(0.0, DENSE), at(0.5, KRON))}
+    )
+    monkeypatch.setattr("sys.argv", ["run", "--list", "--only", "dense", "--output-dir", str(tmp_path)])
+    run_command()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "digits: about 12 runs, 0 minutes on one core; 0 rows in its file"
+    assert shown[1:] == [f"  search dense, rate {rate}, seed 0" for rate in ("0.001", "0.002", "0.004")]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("sys.argv", ["run", "fashion"])
+    with pytest.raises(SystemExit):
+        run_command()
+    assert "fashion: not declared; there are digits" in capsys.readouterr().err
 
 
 def reported_rows(experiment, accuracies):

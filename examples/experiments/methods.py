@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from examples.experiments.cases import Candidate
 from examples.experiments.models import build_model, compared_layers, convert, kron_config
-from kron_hf import Sparsifier
+from kron_hf import KronConfig, Sparsifier
 from kron_hf.baselines import (
     BlockRigL,
     ElasticGroupLasso,
@@ -47,12 +47,12 @@ class Prepared:
 
     Attributes:
         model: The model.
-        blocks: Block size of each compared layer.
+        layers: The compared linears by name, each with its blocks; none if they have become Kronecker layers.
         pruner: To attach to its optimizer; None for dense, and for Kronecker layers that keep all blocks.
     """
 
     model: nn.Module
-    blocks: dict[str, tuple[int, int]]
+    layers: dict[str, tuple[nn.Linear, tuple[int, int]]]
     pruner: Pruner | None
 
 
@@ -64,18 +64,20 @@ def prepare(candidate: Candidate, model_name: str, size: int, classes: int, tota
     """
     model = build_model(model_name, size, classes)
     config = kron_config(model_name, candidate.block_size or (1, 1), candidate.rank or 1)
-    options: dict[str, Any] = dict(candidate.options)
-    blocks = {target.name: target.block_size for target in compared_layers(model, config)}
+    layers = {target.name: (target.linear, target.block_size) for target in compared_layers(model, config)}
     if candidate.method == "kron":
         convert(model, config)
+        layers = {}
+    return Prepared(model=model, layers=layers, pruner=_make_pruner(candidate, model, config, total_steps))
+
+
+def _make_pruner(candidate: Candidate, model: nn.Module, config: KronConfig, total_steps: int) -> Pruner | None:
+    options: dict[str, Any] = dict(candidate.options)
     if candidate.target_sparsity is not None:
         options["target_sparsity"] = candidate.target_sparsity
-    if candidate.method == "kron":
-        pruner = Sparsifier(model, total_steps=total_steps, **options) if options != {"target_sparsity": 0.0} else None
-    elif candidate.method in BASELINES:
-        pruner = BASELINES[candidate.method](block_layers(model, config), total_steps=total_steps, **options)
-    elif candidate.method == "dense":
-        pruner = None
-    else:
+    if candidate.method in BASELINES:
+        return BASELINES[candidate.method](block_layers(model, config), total_steps=total_steps, **options)
+    if candidate.method not in ("dense", "kron"):
         raise ValueError(f"method must be dense, kron or one of {[*BASELINES]}, got {candidate.method!r}")
-    return Prepared(model=model, blocks=blocks, pruner=pruner)
+    keeps_all = candidate.method == "dense" or options == {"target_sparsity": 0.0}
+    return None if keeps_all else Sparsifier(model, total_steps=total_steps, **options)

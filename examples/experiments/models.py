@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf import KronConfig, get_kron_model
+from kron_hf.config import BlockSize
 from kron_hf.targets import Target, find_targets
 
 __all__ = ["MLP", "LeNet5", "Linear", "TinyViT", "build_model", "compared_layers", "convert", "kron_config"]
@@ -90,7 +91,8 @@ class TinyViT(nn.Module):
             num_hidden_layers=4,
             num_attention_heads=4,
             initializer_range=0.1,  # .02 is meant for wide models; at this width it costs points
-            num_labels=classes,
+            label2id={str(label): label for label in range(classes)},
+            id2label={label: str(label) for label in range(classes)},
         )
         self.vit = ViTForImageClassification(config)
 
@@ -117,7 +119,7 @@ def kron_config(name: str, block_size: tuple[int, int], rank: int = 1) -> KronCo
 
     The 10 rows of LeNet-5's last layer do not divide by 4; it has blocks of (2, 4) always.
     """
-    odd = {"fc3": (2, 4)} if name == "lenet5" else {}
+    odd: dict[str, BlockSize] = {"fc3": (2, 4)} if name == "lenet5" else {}
     return KronConfig(
         block_size=block_size,
         rank=rank,

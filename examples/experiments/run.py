@@ -63,6 +63,7 @@ def complete(experiment: Experiment, path: Path, *, jobs: int = 1, only: str = "
                 except EOFError:
                     failed.add(run)
                     tqdm.write(f"failed: {describe(run)}", file=sys.stderr)
+                receiver.close()
                 process.join()
                 bar.update()
 

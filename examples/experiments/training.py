@@ -113,12 +113,8 @@ def _batches(split: tuple[Tensor, Tensor], run: Run) -> Iterator[tuple[Tensor, T
 def _costs(prepared: Prepared) -> dict[str, Any]:
     """By one meter for all methods; `converted_` names count the compared layers alone."""
     model = prepared.model
+    summary = block_summary(model, prepared.layers) if prepared.layers else kron_summary(model)
     krons = kron_layers(model)
-    if krons:
-        summary = kron_summary(model)
-    else:
-        layers = {name: (model.get_submodule(name), block) for name, block in prepared.blocks.items()}
-        summary = block_summary(model, layers)
     empty = {"empty_rows": empty_rows(krons), "empty_columns": empty_columns(krons)} if krons else {}
     own = {f"converted_{key}": getattr(summary.converted, key) for key in CONVERTED}
     return {"sparsity": summary.sparsity, **{key: getattr(summary, key) for key in WHOLE}, **own, **empty}
