@@ -1,7 +1,8 @@
 """Factors that are sharded over processes: FSDP2 turns each parameter into a `DTensor`, by default sharded on dim 0.
 
 Everything here is the identity on plain tensors. Masks are whole on every process, so that the part of one that belongs
-to a shard is found without communication: only `gather` and `sum_over_shards` communicate.
+to a shard is found without communication: only `gather`, `scatter_from_first` and
+`sum_over_shards` communicate.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-__all__ = ["gather", "is_sharded", "laid_out_as", "local", "shard_of", "sum_over_shards"]
+__all__ = ["gather", "is_sharded", "laid_out_as", "local", "scatter_from_first", "shard_of", "sum_over_shards"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -54,6 +55,19 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     else:
         whole = (tensor.full_tensor() for tensor in sharded)
     return [next(whole) if is_sharded(tensor) else tensor.detach() for tensor in tensors]
+
+
+def scatter_from_first(full: Tensor | None, like: Tensor) -> Tensor | None:
+    """The first process's `full`, spread as the sharded `like` is; None if it has none. All processes must call it."""
+    sharded = cast(DTensor, like.detach())
+    mesh = sharded.device_mesh
+    has_one = torch.tensor(float(full is not None), device=mesh.device_type)
+    for mesh_dim in range(mesh.ndim):
+        dist.broadcast(has_one, group=mesh.get_group(mesh_dim), group_src=0)
+    if not has_one:
+        return None
+    whole = torch.zeros(sharded.shape, dtype=sharded.dtype) if full is None else full.detach()
+    return distribute_tensor(whole.to(mesh.device_type), mesh, sharded.placements).to(sharded.to_local().device)
 
 
 def sum_over_shards(parts: Sequence[Tensor], likes: Sequence[Tensor], dim: int) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Checks of Trainer and Accelerate on two processes: DDP and FSDP2, checkpoints to and from one process."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -136,6 +138,22 @@ def fsdp2_l1(folder):
     return {"sparsity": sparsity}
 
 
+def straight_through(folder):
+    """The shadow comes back with the optimizer's state, but not from FSDP2's sharded checkpoints: that warns."""
+    method = {**TO_TARGET, "sparsity_options": {"regrowth": "straight_through", "interval": 6}}  # the last prunes at 12
+    for name, options in {"full": fsdp("FULL_STATE_DICT"), "sharded": fsdp("SHARDED_STATE_DICT")}.items():
+        whole = trainer(folder / name, 2, method=method, **options)
+        whole.train()
+        resumed = trainer(folder / f"{name}-resumed", 2, seed=1, method=method, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            resumed.train(resume_from_checkpoint=str(folder / name / "checkpoint-15"))
+        lost = [str(warning.message) for warning in caught if "kron_shadow" in str(warning.message)]
+        assert len(lost) == (name == "sharded"), lost
+        assert_trained_on_two(resumed, FSDPModule)
+        if name != "sharded":
+            assert_equal_runs(resumed, whole)
+
+
 def bf16(folder):
     """Mixed precision of Trainer, over weights in float32."""
     for wrapper, options in ((DistributedDataParallel, {}), (FSDPModule, fsdp("FULL_STATE_DICT"))):
@@ -217,7 +235,8 @@ def steps(accelerator, model, optimizer, numbers):
 ALONE = ["resume_what_one_process_saved", "fsdp2_begins_from_a_pruned_checkpoint"]
 DDP = ["ddp", "ddp_accumulated_and_checkpointed"]
 FSDP2 = ["fsdp2_full", "fsdp2_sharded", "fsdp2_l1"]
-CHECKS = [*DDP, *FSDP2, "bf16", "accelerate_state", *ALONE]
+REGROWTH = ["straight_through"]
+CHECKS = [*DDP, *FSDP2, *REGROWTH, "bf16", "accelerate_state", *ALONE]
 
 if __name__ == "__main__":
     main(globals())

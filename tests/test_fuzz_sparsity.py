@@ -5,38 +5,51 @@ import json
 import random
 
 import pytest
+import torch
 from fuzz_bytes import random_value, with_random_value
 from torch import nn
 from transformers import TrainerState
 
 from kron_hf import KronLinear, Sparsifier, SparsityCallback
 
+METHODS = {
+    "target": {"target_sparsity": 0.5},
+    "straight-through": {"target_sparsity": 0.5, "regrowth": "straight_through"},
+    "l1": {"l1": 1.0},
+}
 
-def sparsifier():
+
+def sparsifier(method="target", steps=0):
     model = nn.Sequential(KronLinear(16, 16, 4, 1), KronLinear(16, 32, 4, 1))
     model[0].s.data[0, 0] = 0.0
     model[0].freeze_mask()
-    return Sparsifier(model, target_sparsity=0.5, total_steps=40)
+    made = Sparsifier(model, **METHODS[method], total_steps=40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        made.step(optimizer)
+    return made
 
 
-def refusal(state) -> str:
+def refusal(state, method="target") -> str:
     """Why a fresh Sparsifier refuses a state; empty if it takes it."""
     try:
-        sparsifier().load_state_dict(state)
+        sparsifier(method).load_state_dict(state)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def test_random_values_anywhere():
-    intact = json.loads(json.dumps(sparsifier().state_dict()))
-    assert not refusal(intact)
+@pytest.mark.parametrize("method", METHODS)
+def test_random_values_anywhere(method):
+    intact = json.loads(json.dumps(sparsifier(method, steps=12).state_dict()))
+    assert bool(intact["method"]) == (method != "target")
+    assert not refusal(intact, method)
     messages = []
-    for seed in range(600):
+    for seed in range(400):
         state = copy.deepcopy(intact)
         with_random_value(state, random.Random(seed))
-        messages.append(refusal(state))
-    assert 300 < sum(map(bool, messages)) < 600
+        messages.append(refusal(state, method))
+    assert 200 < sum(map(bool, messages)) < 400
     assert all(message.isprintable() and len(message) < 500 for message in messages)
 
 
@@ -57,6 +70,7 @@ def test_other_values_than_dicts():
         ({"step_count": True}, "step_count must be a count"),
         ({"step_count": "7"}, "step_count must be a count"),
         ({"frozen": "no"}, "frozen a bool"),
+        ({"method": "x"}, "method must be a mapping"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -64,6 +78,27 @@ def test_messages(change, message):
     target = sparsifier()
     with pytest.raises(ValueError, match=message):
         target.load_state_dict(target.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"references": 1.0, "kept": [0, 0]}, "references and kept must be lists of the same length"),
+        ({"references": [1.0, 1.0], "kept": "00"}, "references and kept must be lists of the same length"),
+        ({"references": None, "kept": [0, 0]}, "references and kept must be lists of the same length"),
+        ({"references": [1.0], "kept": [0]}, "references of 1 layers, this model has 2"),
+        ({"references": [1.0, float("nan")], "kept": [0, 0]}, "references must be finite floats"),
+        ({"references": [1.0, "1"], "kept": [0, 0]}, "references must be finite floats"),
+        ({"references": [1.0, -1.0], "kept": [0, 0]}, "references must be finite floats"),
+        ({"references": [1.0, 1.0], "kept": [0, 32]}, "kept must name one of the 32 blocks"),
+        ({"references": [1.0, 1.0], "kept": [-1, 0]}, "kept must name one of the 16 blocks"),
+        ({"references": [1.0, 1.0], "kept": [True, 0]}, "kept must name one of the 16 blocks"),
+    ],
+)
+def test_messages_about_l1(method, message):
+    target = sparsifier("l1")
+    with pytest.raises(ValueError, match=message):
+        target.load_state_dict(target.state_dict() | {"method": method})
 
 
 @pytest.mark.parametrize("saved", [{"attributes": None}, {}, 1, "x", {"attributes": [1]}], ids=str)

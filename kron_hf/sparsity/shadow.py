@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from kron_hf.layers import KronLinear
-from kron_hf.sharding import local, shard_of
+from kron_hf.sharding import is_sharded, local, scatter_from_first, shard_of
 from kron_hf.sparsity.optimizer_state import group_of
 
 __all__ = ["Shadow"]
@@ -41,6 +41,7 @@ class Shadow:
         """After an optimizer step: moves what it added to masked entries of S into the shadow."""
         if self._to_check:
             self._to_check = False
+            _spread(layers, optimizer)
             self._warn_if_lost(layers, optimizer)
         for layer, mask in zip(layers, self.masks, strict=False):
             s, hidden = local(layer.s), shard_of(mask, layer.s)
@@ -72,9 +73,19 @@ class Shadow:
         if any(bool(mask.any()) and KEY not in optimizer.state.get(layer.s, {}) for layer, mask in pairs):
             warnings.warn(
                 f"the state that the optimizer was loaded with has no {KEY!r}: masked blocks go on from zero, so this "
-                "training does not repeat the one that it continues (FSDP2 does not load it from SHARDED_STATE_DICT)",
+                "training does not repeat the one that it continues (FSDP2 loads none from a SHARDED_STATE_DICT)",
                 stacklevel=2,
             )
+
+
+def _spread(layers: list[KronLinear], optimizer: Optimizer) -> None:
+    """After loading: torch loads FULL_STATE_DICTs of FSDP2 on the first process, and spreads what Adam itself makes."""
+    for s in [layer.s for layer in layers if is_sharded(layer.s)]:
+        state = optimizer.state[s]
+        if KEY not in state or not is_sharded(state[KEY]):
+            spread = scatter_from_first(state.get(KEY), s)
+            if spread is not None:
+                state[KEY] = spread
 
 
 def _may_keep(optimizer: Optimizer, s: Tensor) -> bool:
@@ -83,4 +94,7 @@ def _may_keep(optimizer: Optimizer, s: Tensor) -> bool:
 
 
 def _shadow(optimizer: Optimizer, s: Tensor) -> Tensor:
-    return local(optimizer.state[s].setdefault(KEY, torch.zeros_like(s.detach())))
+    state = optimizer.state[s]
+    if KEY not in state:
+        state[KEY] = torch.zeros_like(s.detach())
+    return local(state[KEY])
