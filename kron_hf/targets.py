@@ -58,8 +58,10 @@ class Target:
     rank: int
 
 
-def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = True) -> list[Target]:
     """Resolves a config against a model; `config.modules`, if given, by literal names alone.
+
+    With `compare_cost` it warns of modules whose Kronecker layer would need no fewer FLOPs than the dense one.
 
     Raises:
         ValueError: Nothing matches (the error lists what could), a module named explicitly cannot be replaced, the
@@ -89,7 +91,8 @@ def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
     if skipped:
         warnings.warn(f"Left dense: {'; '.join(skipped.values())}", stacklevel=4)
     _warn_unused(model, config, [*(target.name for target in targets), *skipped])
-    _warn_not_cheaper(targets)
+    if compare_cost:
+        _warn_not_cheaper(targets)
     return targets
 
 

@@ -56,6 +56,18 @@ def test_imports_point_one_way(path):
         assert not {name.split(".")[0] for name in imported_modules(path)} & HUGGING_FACE
 
 
+def test_the_algorithms_of_the_baselines_are_plain_torch():
+    """Only what finds layers in a model, converts it or is a callback knows Hugging Face."""
+    folder = ROOT / "kron_hf" / "baselines"
+    paths = {path for path in folder.glob("*.py") if path.stem not in {"__init__", "callbacks", "targets", "to_kron"}}
+    assert {path.stem for path in paths} >= {"block_layer", "group_lasso", "magnitude", "options", "pruner", "rigl"}
+    allowed = {f"kron_hf.{name}" for name in (*TORCH_ONLY, *(f"baselines.{path.stem}" for path in paths))}
+    for path in paths:
+        imported = imported_modules(path)
+        assert not {name.split(".")[0] for name in imported} & HUGGING_FACE
+        assert all(name in allowed or name.startswith("kron_hf.sparsity.") for name in imported if "kron_hf" in name)
+
+
 def test_importing_kron_hf_is_light():
     heavy = ["triton", "datasets", "evaluate", "matplotlib", "sklearn"]
     code = f"import sys, kron_hf; print([name for name in {heavy} if name in sys.modules])"

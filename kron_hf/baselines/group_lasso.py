@@ -49,7 +49,7 @@ class GroupLasso(BlockPruner):
         layers: `{name: BlockLayer}`.
         target_sparsity: Share of entries in zero blocks to end with, in [0, 1).
         total_steps: Optimizer steps of the whole training.
-        strength: Weight of the penalty, see above; 0 is one-shot pruning at `end`. From 1 to 4 makes little difference.
+        strength: Weight of the penalty, see above; 0 is one-shot pruning at `end`. From 2 to 8 makes little difference.
         scope: "global" ranks the blocks of all layers together; "layer" takes the same share from each layer.
         start: Start of the penalty as a share of `total_steps`.
         end: Its end, where the masks freeze.
@@ -68,7 +68,7 @@ class GroupLasso(BlockPruner):
         *,
         target_sparsity: float,
         total_steps: int,
-        strength: float = 2.0,
+        strength: float = 4.0,
         scope: str = "global",
         start: float = 0.05,
         end: float = 0.5,
@@ -138,7 +138,7 @@ class ElasticGroupLasso(GroupLasso):
         *,
         target_sparsity: float,
         total_steps: int,
-        strength: float = 2.0,
+        strength: float = 4.0,
         l2: float = 0.5,
         scope: str = "global",
         start: float = 0.05,

@@ -52,7 +52,8 @@ def dense_targets(
 ) -> list[Target]:
     """The targets of `block_layers`; called directly by a public function, so that warnings name its caller."""
     if not isinstance(config, KronConfig):
-        return find_targets(model, KronConfig(block_size=config, rank=1, target_modules=target_modules))
+        config = KronConfig(block_size=config, rank=1, target_modules=target_modules)
+        return find_targets(model, config, compare_cost=False)
     if target_modules is not None:
         raise ValueError("target_modules goes with a block size; a KronConfig has its own")
-    return find_targets(model, replace(config, rank=1, rank_pattern={}))
+    return find_targets(model, replace(config, rank=1, rank_pattern={}), compare_cost=False)
