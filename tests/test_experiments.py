@@ -265,12 +265,51 @@ def test_report_on_fixed_rows(tmp_path):
     assert "| gradual pruning | 4 x 4 |  |  | 87.00 ± 1.00 |" in text
     assert "| method | 1,000 |" in text
     assert "| gradual pruning | 70.00 ± 1.00 (4 x 4, 50.0%) |" in text
+    assert "| gradual pruning | 4 x 4: 100.00 |" in text  # what the search saw: no choice here
     assert "| Kronecker, l1 | 4 x 4 | 1 | 2 | 50.00 ± 0.00 | 80.00 ± 1.00 |" in text
     assert "-2.00 ± 0.00" in text  # the same seeds, so the difference does not vary
     assert "| mlp_fashion_mnist | 50 % sparse, blocks 8 x 8, rank 2: within 1.3 points of dense |  | not run |" in text
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == [f"digits_{kind}.png" for kind in ("masks", "nonzeros", "sparsity")]
     assert all(f"({name})" in text for name in pictures)
+
+
+@pytest.mark.parametrize(
+    ("kronecker", "pruned", "verdicts"),
+    [
+        pytest.param(0.888, 0.86, ["holds", "holds"], id="good enough"),
+        pytest.param(0.886, 0.862, ["FAILS", "FAILS"], id="too far below dense, too close to the baselines"),
+    ],
+)
+def test_bars_are_judged_by_the_rows(tmp_path, kronecker, pruned, verdicts):
+    sparse = replace(KRON, block_size=(8, 8))
+    pruners = [replace(PRUNED, method=method) for method in BASELINES]
+    denser = replace(sparse, target_sparsity=0.6)
+    contest = [at(5000, candidate, table="nonzeros") for candidate in (denser, *pruners)]
+    experiment = an_experiment(at(0.0, DENSE), at(0.5, sparse), *contest)
+    means = {
+        DENSE: 0.9,
+        sparse: kronecker,
+        contest[0].candidates[0]: kronecker,
+        **dict.fromkeys(pruners, pruned - 0.02),
+    }
+    means[pruners[2]] = pruned  # the best of them counts
+    accuracies = {candidate: (mean, mean + 0.002, mean - 0.002) for candidate, mean in means.items()}
+    path = tmp_path / "mlp_fashion_mnist.jsonl"
+    for row in reported_rows(experiment, accuracies).values():
+        append_row(path, row)
+    text = write_report({"mlp_fashion_mnist": experiment}, tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| mlp_fashion_mnist")]
+    assert [line.split(" | ")[-1].removesuffix(" |") for line in lines] == [
+        verdicts[0],
+        "not run",
+        verdicts[1],
+        "not run",
+    ]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # a seed of the last baseline is missing
+    assert "2.5 points above the best baseline |  | not run |" in write_report(
+        {"mlp_fashion_mnist": experiment}, tmp_path
+    )
 
 
 def npm_package(path, digits=range(10), count=3):

@@ -68,7 +68,8 @@ class Case:
     """A cell of a table. Its candidates compete on the validation images, each at its best learning rate.
 
     Attributes:
-        table: `"sparsity"` (equal block sparsity), `"nonzeros"` (equal nonzeros) or `"l1"`.
+        table: `"sparsity"` (equal block sparsity), `"nonzeros"` (equal nonzeros), `"same_block"` (equal nonzeros, with
+            one block size for all) or `"l1"`.
         column: The sparsity, the nonzeros or the l1 that stand over the cell.
         candidates: Most cases have one; those at equal nonzeros choose among block sizes, too.
     """

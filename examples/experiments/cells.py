@@ -22,12 +22,14 @@ class Cell:
         candidate: Whom the validation images chose.
         rows: One for each seed that has run; at least one.
         complete: Whether all seeds have run.
+        searched: The best validation accuracy of each candidate in the search, one seed.
     """
 
     case: Case
     candidate: Candidate
     rows: tuple[dict[str, Any], ...]
     complete: bool
+    searched: tuple[tuple[float, Candidate], ...] = ()
 
     @property
     def series(self) -> Series:
@@ -62,7 +64,15 @@ def cells_of(experiment: Experiment, rows: Rows) -> list[Cell]:
     for case in experiment.cases:
         found = answer(experiment, case, rows)
         if found.chosen is not None and found.finals:
-            cells.append(Cell(case=case, candidate=found.chosen[0], rows=found.finals, complete=not found.missing))
+            cells.append(
+                Cell(
+                    case=case,
+                    candidate=found.chosen[0],
+                    rows=found.finals,
+                    complete=not found.missing,
+                    searched=tuple((score, run.candidate) for score, run in found.searched),
+                )
+            )
     return cells
 
 

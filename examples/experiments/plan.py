@@ -46,11 +46,13 @@ def _l1(candidates: list[tuple[Block, int]], strengths: tuple[float, ...]) -> li
     ]
 
 
-def _at_nonzeros(model: str, budget: int, shapes: list[tuple[Block, int]], blocks: list[Block]) -> list[Case]:
+def _at_nonzeros(
+    model: str, budget: int, shapes: list[tuple[Block, int]], blocks: list[Block], table: str = "nonzeros"
+) -> list[Case]:
     """A case for each method; its candidates are the shapes that can have so many nonzeros."""
     menus = [[Candidate(method="kron", block_size=block, rank=rank) for block, rank in shapes]]
     menus += [[Candidate(method=method, block_size=block) for block in blocks] for method in BASELINES]
-    return [Case(table="nonzeros", column=budget, candidates=_meeting(budget, model, menu)) for menu in menus]
+    return [Case(table=table, column=budget, candidates=_meeting(budget, model, menu)) for menu in menus]
 
 
 def _meeting(budget: int, model: str, menu: list[Candidate]) -> tuple[Candidate, ...]:
@@ -82,14 +84,14 @@ def _linear(data: str, train_images: int | None, seconds: float) -> Experiment:
     )
 
 
-def _lenet5(data: str, train_images: int | None, seconds: float) -> Experiment:
+def _lenet5(data: str, train_images: int | None, steps: int, seconds: float) -> Experiment:
     """The three fully connected layers, 400 -> 120 -> 84 -> 10; the last has blocks of (2, 4) always."""
     shapes: list[tuple[Block, int]] = [((4, 4), 1), ((4, 4), 2), ((4, 8), 4), ((2, 4), 1)]
     krons = [_kron(block, rank, sparsity) for sparsity in (0.5, 0.8) for block, rank in shapes]
     return Experiment(
         recipe=Recipe(experiment=f"lenet5_{data}", data=data, model="lenet5", train_images=train_images, batch_size=64),
-        steps=1200,
-        search_steps=1200,
+        steps=steps,
+        search_steps=steps,
         learning_rates=(1e-3, 2e-3, 4e-3),
         rate_limits=(2.5e-4, 1.6e-2),
         seeds=SEEDS,
@@ -106,9 +108,10 @@ def _mlp() -> Experiment:
     straight = [_kron(*shape, sparsity, regrowth="straight_through") for shape in shapes[:2] for sparsity in SPARSITIES]
     grouped = [_kron((8, 8), 2, sparsity, group_penalty=0.5, groups="both") for sparsity in SPARSITIES]
     menu: list[tuple[Block, int]] = [((8, 8), 1), ((8, 8), 2), ((4, 4), 1)]
-    budgets = [
-        case for budget in (5000, 11500, 2400) for case in _at_nonzeros("mlp", budget, menu, [(8, 8), (4, 4), (2, 2)])
-    ]
+    budgets = []
+    for budget in (5000, 11500, 2400):
+        budgets += _at_nonzeros("mlp", budget, menu, [(8, 8), (4, 4), (2, 2)])
+        budgets += _at_nonzeros("mlp", budget, menu[:2], [(8, 8)], "same_block")
     return Experiment(
         recipe=Recipe(experiment="mlp_fashion_mnist", data="fashion_mnist", model="mlp", train_images=20_000),
         steps=1500,
@@ -156,8 +159,8 @@ EXPERIMENTS = {
     experiment.recipe.experiment: experiment
     for experiment in (
         _mlp(),
-        _lenet5("mnist", None, 9.0),
-        _lenet5("fashion_mnist", 20_000, 10.0),
+        _lenet5("mnist", None, 2000, 15.0),
+        _lenet5("fashion_mnist", 20_000, 1200, 10.0),
         _linear("mnist", None, 1.0),
         _linear("fashion_mnist", 20_000, 1.5),
         _vit(),

@@ -18,6 +18,7 @@ from examples.experiments.tables import (
     l1_table,
     markdown,
     nonzeros_table,
+    same_block_table,
     sparsity_table,
 )
 
@@ -26,6 +27,7 @@ __all__ = ["main", "write_report"]
 TABLES = {
     "sparsity": ("Test accuracy at equal block sparsity", sparsity_table),
     "nonzeros": ("Test accuracy at equal nonzeros of the compared layers", nonzeros_table),
+    "same_block": ("The same with one block size for all", same_block_table),
     "l1": ("The l1 penalty: what it gives", l1_table),
 }
 

@@ -20,11 +20,13 @@ class Answer:
     Attributes:
         missing: The runs that can start now. The choice may depend on them, so that there are more after them.
         chosen: Candidate and rate, once the search is complete.
+        searched: The best searching run of each candidate with its validation accuracy, once the search is complete.
         finals: The rows of the seeds that have run, in the order of the seeds.
     """
 
     missing: tuple[Run, ...]
     chosen: tuple[Candidate, float] | None = None
+    searched: tuple[tuple[float, Run], ...] = ()
     finals: tuple[dict[str, Any], ...] = ()
 
 
@@ -34,7 +36,8 @@ def answer(experiment: Experiment, case: Case, rows: Rows) -> Answer:
     missing = tuple(run for runs, _ in searches for run in runs)
     if missing:
         return Answer(missing=missing)
-    _, best = max((found for _, found in searches if found is not None), key=lambda found: found[0])
+    searched = tuple(found for _, found in searches if found is not None)
+    _, best = max(searched, key=lambda found: found[0])
     finals = [
         Run(
             recipe=experiment.recipe,
@@ -49,6 +52,7 @@ def answer(experiment: Experiment, case: Case, rows: Rows) -> Answer:
     return Answer(
         missing=tuple(run for run in finals if run not in rows),
         chosen=(best.candidate, best.learning_rate),
+        searched=searched,
         finals=tuple(rows[run] for run in finals if run in rows),
     )
 

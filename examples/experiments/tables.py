@@ -1,9 +1,11 @@
 """The tables of an experiment as Markdown."""
 
+from collections.abc import Callable
+
 from examples.experiments.cases import Candidate, Experiment
 from examples.experiments.cells import Cell, Series, shown
 
-__all__ = ["case_table", "dense_cell", "l1_table", "markdown", "nonzeros_table", "sparsity_table"]
+__all__ = ["case_table", "dense_cell", "l1_table", "markdown", "nonzeros_table", "same_block_table", "sparsity_table"]
 
 
 def dense_cell(cells: list[Cell]) -> Cell | None:
@@ -23,15 +25,26 @@ def sparsity_table(cells: list[Cell]) -> str:
     return markdown([["method", "block", "rank", *(f"{column:.0%}" for column in columns)], *rows], text_columns=2)
 
 
-def nonzeros_table(cells: list[Cell]) -> str:
-    """Test accuracy at equal nonzeros of the compared layers, with the block and sparsity that validation chose."""
-    own = [cell for cell in cells if cell.case.table == "nonzeros"]
-    columns = sorted({cell.case.column for cell in own}, reverse=True)
-    methods = list(dict.fromkeys(cell.series[0] for cell in own))
-    rows = [
-        [method, *(_with_choice([cell for cell in own if _is_at(cell, method, column)]) for column in columns)]
-        for method in methods
-    ]
+def nonzeros_table(cells: list[Cell], table: str = "nonzeros") -> str:
+    """Test accuracy at equal nonzeros of the compared layers, with the block and sparsity that validation chose.
+
+    Below it, what every candidate had reached on the validation images when one was chosen.
+    """
+    own = [cell for cell in cells if cell.case.table == table]
+    return f"{_by_nonzeros(own, _with_choice)}\n\nValidation accuracy in the search:\n\n{_by_nonzeros(own, _searched)}"
+
+
+def same_block_table(cells: list[Cell]) -> str:
+    """`nonzeros_table` of the cases that hold the block size fixed."""
+    return nonzeros_table(cells, "same_block")
+
+
+def _by_nonzeros(cells: list[Cell], show: Callable[[Cell], str]) -> str:
+    columns = sorted({cell.case.column for cell in cells}, reverse=True)
+    lines: dict[str, dict[float, str]] = {}
+    for cell in cells:
+        lines.setdefault(cell.series[0], {})[cell.case.column] = show(cell)
+    rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
     return markdown([["method", *(f"{column:,.0f}" for column in columns)], *rows], text_columns=1)
 
 
@@ -117,11 +130,12 @@ def _accuracy(cell: Cell | None) -> str:
     return shown(cell.accuracy) + ("" if cell.complete else f" ({len(cell.rows)} seeds)")
 
 
-def _with_choice(cells: list[Cell]) -> str:
-    if not cells:
-        return ""
-    (cell,) = cells
+def _with_choice(cell: Cell) -> str:
     return f"{_accuracy(cell)} ({_shape(cell.candidate)}, {cell.mean('sparsity'):.1%})"
+
+
+def _searched(cell: Cell) -> str:
+    return "; ".join(f"{_shape(candidate)}: {100 * score:.2f}" for score, candidate in cell.searched)
 
 
 def _shape(candidate: Candidate) -> str:
@@ -129,13 +143,9 @@ def _shape(candidate: Candidate) -> str:
     return block if candidate.rank is None else f"{block} r {candidate.rank}"
 
 
-def _is_at(cell: Cell, method: str, column: float) -> bool:
-    return (cell.series[0], cell.case.column) == (method, column)
-
-
 def _asked(cell: Cell) -> str:
     column = cell.case.column
-    return {"sparsity": f"{column:.0%}", "nonzeros": f"{column:,.0f} nonzeros", "l1": f"l1 {column:g}"}[cell.case.table]
+    return {"sparsity": f"{column:.0%}", "l1": f"l1 {column:g}"}.get(cell.case.table, f"{column:,.0f} nonzeros")
 
 
 def _empty(cell: Cell) -> str:
