@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,18 +38,3 @@ def test_example_trains_saves_and_reports_what_it_saved(name, budget, tmp_path):
 @pytest.mark.parametrize("name", ["train_with_trainer.py", "train_with_accelerate.py"])
 def test_examples_stay_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 120
-
-
-def test_fashion_mnist_experiment_skips_finished_runs(tmp_path):
-    output = tmp_path / "results" / "runs.jsonl"
-    small = ["--output", output, "--seeds", 0, "--hidden-size", 32, "--layers", 1, "--epochs", 3]
-    run_example("fashion_mnist.py", *small, "--sparsities", 0.5)
-    first = output.read_text()
-    table = run_example("fashion_mnist.py", *small, "--sparsities", 0.5, 0.8)
-    assert output.read_text().startswith(first)
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["model"] for row in rows] == ["dense", "Kronecker 50%", "Kronecker 80%"]
-    assert rows[0]["trained_params"] > rows[1]["trained_params"] == rows[2]["trained_params"]
-    assert [round(row["sparsity"], 2) for row in rows] == [0.0, 0.5, 0.8]
-    assert len({row["steps"] for row in rows}) == 1
-    assert [line.split("  ")[0] for line in table.splitlines()] == ["model", *(row["model"] for row in rows)]

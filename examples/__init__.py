@@ -1,0 +1,1 @@
+"""Examples and experiments of kron_hf; not part of the installed package."""
