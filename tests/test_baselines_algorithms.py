@@ -189,6 +189,21 @@ def test_iterative_rounds_prune_equal_shares_of_what_is_left():
         assert torch.all(masks[11][name] <= masks[-1][name]), "pruned blocks stay zero"
 
 
+def test_a_pruned_block_is_not_exchanged_for_one_that_happens_to_be_zero():
+    linear = linear_of([8.0, 7.0, 6.0, 5.0, 4.0, 1.0, 2.0, 3.0], (2, 2))
+    pruner = IterativePruning({"": (linear, 2)}, target_sparsity=0.5, total_steps=20, start=0.0, rounds=2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.0)
+    pruner.attach(optimizer)
+    for _ in range(5):
+        step(pruner, optimizer, [0.0] * 8)
+    assert pruner.dead_blocks[""].int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]
+    with torch.no_grad():
+        linear.weight[:, :4] = 0.0
+    for _ in range(5):
+        step(pruner, optimizer, [0.0] * 8)
+    assert pruner.dead_blocks[""].int().tolist() == [[1, 0, 0, 0, 0, 1, 1, 1]]
+
+
 def test_gradual_ramp_is_cubic_and_blocks_grow_back():
     model = TinyDense()
     optimizer = adamw(model)
