@@ -14,13 +14,13 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "sparsity", "param_groups"),)
+TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "sparsity", "selection", "param_groups"),)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
     {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},
     {"peft_type", "module_map", "ops"},
     {"config", "layers"},
-    {"sparsity", "checkpoint", "targets"},
+    {"sparsity", "selection", "checkpoint", "targets"},
     {"param_groups", "surgery"},
     {"callbacks", "model", "summary"},
     {"model_card", "peft_tuner"},
