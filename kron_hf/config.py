@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from peft import PeftConfig, TaskType
 
 from kron_hf.escaping import shown
-from kron_hf.module_map import ModuleMap, checked_module_map
+from kron_hf.module_map import MAX_CANDIDATES, ModuleMap, checked_module_map
 from kron_hf.peft_type import kron_peft_type
 
 __all__ = ["BlockSize", "KronConfig"]
@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 # What chooses modules; `modules` stands in their place.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 PATTERNS = ("block_size_pattern", "rank_pattern")
+CANDIDATES = ("candidate_block_sizes", "candidate_ranks")
 
 
 @dataclass
@@ -41,10 +42,14 @@ class KronConfig(PeftConfig):
         layers_pattern: Name of the list that these indices count, if it is an unusual one.
         block_size_pattern: Block size of single modules: `{name ending or regular expression: block_size}`.
         rank_pattern: Rank of single modules, as `block_size_pattern`.
+        candidate_block_sizes: Block sizes to choose from in one training, in place of `block_size`: a list of ints and
+            pairs. Each module becomes the sum of one Kronecker layer for each of them (and for each of
+            `candidate_ranks`), of which `BlockSizeCallback` leaves one. Only pairs inside the list are rectangles.
+        candidate_ranks: Ranks to choose from, in place of `rank`, combined with every candidate block size.
         init_weights: How the factors start. `"random"`: variance-matched noise. `"nearest"`: the best fit to the
-            replaced weight in the Frobenius norm. `"calibrated"`: fitted to the layer's outputs on data (not in
-            this version). None: random for a model that was built from its config; an error for one loaded from a
-            checkpoint, since its weights would be lost.
+            replaced weight in the Frobenius norm (not for candidates). `"calibrated"`: fitted to the layer's outputs
+            on data (not in this version). None: random for a model that was built from its config; an error for one
+            loaded from a checkpoint, since its weights would be lost.
         modules_to_save: Names or name endings of modules to train and save whole beside a PEFT adapter, such as a new
             `"classifier"`. They are left dense.
         modules: `{module name: {"block_size": [bo, bi], "rank": r}}`, what the fields above come to on a model. A
@@ -68,6 +73,8 @@ class KronConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     block_size_pattern: dict[str, BlockSize] = field(default_factory=dict, metadata={"help": "Block sizes by name."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks by name."})
+    candidate_block_sizes: list[BlockSize] | None = field(default=None, metadata={"help": "Block sizes to try."})
+    candidate_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks to try."})
     init_weights: Literal["random", "nearest", "calibrated"] | None = field(
         default=None, metadata={"help": "How the factors start."}
     )
@@ -95,15 +102,31 @@ class KronConfig(PeftConfig):
         self.peft_type = kron_peft_type()
         _check_version(self.format_version)
         self.block_size = _checked_block_size("block_size", self.block_size)
-        self.rank = _checked_rank("rank", self.rank, self.block_size)
+        self.rank = _checked_rank("rank", self.rank, None if self._chooses() else self.block_size)
         self._check_names()
+        self._check_candidates()
         self._check_layer_selection()
         if isinstance(self.base_model_name_or_path, PathLike):
             self.base_model_name_or_path = fspath(self.base_model_name_or_path)
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {shown(self.init_weights)}")
+        if self._chooses() and self.init_weights not in (None, "random"):
+            # Fitted one after the other the first would take what all could have, and win.
+            raise ValueError(f"candidates start with init_weights='random', got {shown(self.init_weights)}")
         self._check_modules()
         self._check_inherited()
+
+    @property
+    def candidates(self) -> list[tuple[BlockSize, int]]:
+        """What to choose from, `(block_size, rank)`: block sizes in their order, each with all ranks; else empty."""
+        if not self._chooses():
+            return []
+        sizes = [self.block_size] if self.candidate_block_sizes is None else self.candidate_block_sizes
+        ranks = [self.rank] if self.candidate_ranks is None else self.candidate_ranks
+        return [(size, rank) for size in sizes for rank in ranks]
+
+    def _chooses(self) -> bool:
+        return self.candidate_block_sizes is not None or self.candidate_ranks is not None
 
     def refuse_stored_patterns(self) -> None:
         """Called before the config is matched against a model: a pattern that was read from a file is never run.
@@ -136,6 +159,43 @@ class KronConfig(PeftConfig):
             raise ValueError(f"modules_to_save must be None or a list of names, got {shown(self.modules_to_save)}")
         self.modules_to_save = _checked_names("modules_to_save", self.modules_to_save, regex)  # type: ignore[assignment]
 
+    def _check_candidates(self) -> None:
+        for name in CANDIDATES:
+            value = getattr(self, name)
+            # In a tuple of two ints one could see a rectangle as well as two squares.
+            if value is not None and (not isinstance(value, list) or not 1 <= len(value) <= MAX_CANDIDATES):
+                raise ValueError(f"{name} must be None or a list of 1 to {MAX_CANDIDATES} entries, got {shown(value)}")
+        if self.candidate_block_sizes is not None:
+            self.candidate_block_sizes = [
+                _checked_block_size(f"candidate_block_sizes[{index}]", size)
+                for index, size in enumerate(self.candidate_block_sizes)
+            ]
+        if self.candidate_ranks is not None:
+            self.candidate_ranks = [
+                _checked_rank(f"candidate_ranks[{index}]", rank) for index, rank in enumerate(self.candidate_ranks)
+            ]
+        if self._chooses():
+            self._check_product()
+
+    def _check_product(self) -> None:
+        if given := [name for name in PATTERNS if getattr(self, name)]:
+            raise ValueError(f"all modules have the same candidates; they exclude {', '.join(given)}")
+        if not 2 <= len(self.candidates) <= MAX_CANDIDATES:
+            one = f": to train with one, set block_size and rank to {self.candidates[0]}"
+            raise ValueError(
+                f"candidate_block_sizes and candidate_ranks must give 2 to {MAX_CANDIDATES} candidates, got "
+                f"{len(self.candidates)}{one if len(self.candidates) == 1 else ''}"
+            )
+        seen: set[tuple[BlockSize, int]] = set()
+        for size, rank in self.candidates:
+            pair = (size, size) if isinstance(size, int) else size
+            if (pair, rank) in seen:
+                raise ValueError(
+                    f"candidate_block_sizes and candidate_ranks give blocks of {pair} at rank {rank} twice"
+                )
+            seen.add((pair, rank))
+            _checked_rank(f"the rank of a candidate of block_size {size}", rank, size)
+
     def _check_layer_selection(self) -> None:
         self.layers_to_transform = _checked_indices(self.layers_to_transform)
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
@@ -147,7 +207,7 @@ class KronConfig(PeftConfig):
         if self.modules is None:
             return
         self.modules = checked_module_map(self.modules)
-        if given := [name for name in (*SELECTION, *PATTERNS) if getattr(self, name)]:
+        if given := [name for name in (*SELECTION, *PATTERNS, *CANDIDATES) if getattr(self, name)]:
             raise ValueError(f"modules already says which modules to replace; it excludes {', '.join(given)}")
 
     def _check_inherited(self) -> None:

@@ -53,6 +53,9 @@ def get_kron_model(
     Everything is checked before the model is touched. Convert the outermost model, the one that you will save: it is
     its config that tells `from_pretrained` of the layers.
 
+    With `candidate_block_sizes` or `candidate_ranks` each layer is a `KronCandidates`, the sum of a Kronecker layer for
+    each candidate, until `BlockSizeCallback` has left one.
+
     Args:
         model_or_config: The model to convert, or the config.
         config: The config, if a model is given.

@@ -11,6 +11,7 @@ from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
 from kron_hf.escaping import printable
 from kron_hf.factors import nearest_kronecker
 from kron_hf.layers import KronLinear
+from kron_hf.selection.candidates import KronCandidates, converted_layers
 from kron_hf.targets import Target, pretrained_parts, refuse_adapters
 
 EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: rounding in float32
@@ -18,15 +19,18 @@ EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: round
 __all__ = ["make_layers", "replace_modules", "to_dense"]
 
 
-def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinear]:
+def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinear | KronCandidates]:
     """Builds the Kronecker layer of every target, "random" or "nearest"; the model is not touched yet.
 
+    A target with candidates becomes a `KronCandidates`, which starts "random".
+
     Raises:
-        ValueError: A weight to be replaced is not finite, or is on the meta device where its values are needed.
+        ValueError: A weight to be replaced is not finite, or is on the meta device where its values are needed; or
+            candidates are to be "nearest".
     """
     make = {"random": _random_layer, "nearest": _nearest_layer}[init_weights]
     energies: list[tuple[float, float]] = []
-    layers: dict[str, KronLinear] = {}
+    layers: dict[str, KronLinear | KronCandidates] = {}
     # The bar only appears when the decomposition takes a while.
     for target in tqdm(targets, desc="Kronecker factors", unit="layer", delay=1.0, leave=False):
         _check_finite(target)
@@ -63,15 +67,13 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is a single layer or carries PEFT adapters.
     """
-    if isinstance(model, KronLinear):
+    if isinstance(model, KronLinear | KronCandidates):
         raise ValueError(
             "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
         )
     refuse_adapters(model)
     # A layer that the model holds under two names stays one layer.
-    names = {
-        name: layer for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, KronLinear)
-    }
+    names = converted_layers(model, remove_duplicate=False)
     linears = {layer: layer.to_linear() for layer in names.values()}
     for layer, linear in linears.items():
         carry_trained_mark(layer, linear)
@@ -81,8 +83,12 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
-    layer = KronLinear.like(target.linear, target.block_size, target.rank)
+def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear | KronCandidates:
+    layer: KronLinear | KronCandidates = (
+        KronCandidates.like(target.linear, target.candidates)
+        if target.candidates
+        else KronLinear.like(target.linear, target.block_size, target.rank)
+    )
     weight = target.linear.weight.detach()
     variance = 0.0 if weight.is_meta else float(weight.float().var(correction=0))
     if variance > 0:
@@ -91,6 +97,8 @@ def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLi
 
 
 def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
+    if target.candidates:
+        raise ValueError(f"{printable(target.name)}: candidates start with init_weights='random', got 'nearest'")
     if target.linear.weight.is_meta:
         raise ValueError(
             f"{printable(target.name)}: init_weights='nearest' needs its values, but the weight is on the meta device"

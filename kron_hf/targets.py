@@ -4,7 +4,7 @@ Everything is decided and checked here before `surgery` touches the model.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from kron_hf.config import BlockSize, KronConfig
 from kron_hf.escaping import printable
 from kron_hf.factors import kron_flops
-from kron_hf.layers import KronLinear, resolve_block_size
-from kron_hf.module_map import localize_names
+from kron_hf.layers import resolve_block_size
+from kron_hf.module_map import entry_sizes, localize_names
+from kron_hf.selection.candidates import candidate_key, converted_layers
 from kron_hf.weight_reads import weight_reader
 
 __all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refuse_adapters"]
@@ -50,12 +51,21 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Target:
-    """One module to replace: its full name, the module, and the resolved block size and rank."""
+    """One module to replace.
+
+    Attributes:
+        name: Its full name.
+        linear: The module.
+        block_size: The resolved block size; of the first candidate, if there are several.
+        rank: The rank, likewise.
+        candidates: Block size and rank of each candidate to choose from; empty where nothing is to be chosen.
+    """
 
     name: str
     linear: nn.Linear
     block_size: tuple[int, int]
     rank: int
+    candidates: tuple[tuple[tuple[int, int], int], ...] = ()
 
 
 def find_targets(model: nn.Module, config: KronConfig) -> list[Target]:
@@ -124,10 +134,11 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def _check_model(model: nn.Module) -> None:
     refuse_adapters(model)
-    converted = [name for name, module in model.named_modules() if isinstance(module, KronLinear)]
+    converted = converted_layers(model)
     if converted:
+        first = printable(next(iter(converted)))
         raise ValueError(
-            f"the model already has {len(converted)} Kronecker layers (first: {printable(converted[0])}); convert a "
+            f"the model already has {len(converted)} Kronecker layers (first: {first}); convert a "
             "dense model, or turn this one back with kron_hf.to_dense(model) first"
         )
     methods = {method for module in model.modules() if (method := _quant_method(module))}
@@ -242,11 +253,14 @@ def _resolve(
     others = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if others:
         raise ValueError(f"{name}: its weight is tied to {', '.join(others)}, so it cannot be replaced alone")
-    size, rank = _size_of(name, config)
-    block_size = resolve_block_size(size, module.out_features, module.in_features, name)
-    if rank > block_size[0] * block_size[1]:
-        raise ValueError(f"{name}: rank must be at most bo * bi = {block_size[0] * block_size[1]}, got {rank}")
-    return Target(name, module, block_size, rank)
+    wanted, several = _sizes_of(name, config)
+    sizes = [(resolve_block_size(size, module.out_features, module.in_features, name), rank) for size, rank in wanted]
+    for index, (block_size, rank) in enumerate(sizes):
+        if rank > block_size[0] * block_size[1]:
+            raise ValueError(f"{name}: rank must be at most bo * bi = {block_size[0] * block_size[1]}, got {rank}")
+        if (block_size, rank) in sizes[:index]:
+            raise ValueError(f"{name}: two candidates are blocks of {block_size} at rank {rank} here")
+    return Target(name, module, *sizes[0], candidates=tuple(sizes) if several else ())
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -257,12 +271,15 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _size_of(name: str, config: KronConfig) -> tuple[BlockSize, int]:
+def _sizes_of(name: str, config: KronConfig) -> tuple[Sequence[tuple[BlockSize, int]], bool]:
+    """Block size and rank of each layer that a module becomes, and whether they are candidates to choose from."""
     if config.modules is not None:
-        (block_out, block_in), rank = config.modules[name]["block_size"], config.modules[name]["rank"]
-        return (block_out, block_in), rank
+        entry = config.modules[name]
+        return entry_sizes(entry), "candidates" in entry
+    if config.candidates:
+        return config.candidates, True
     size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
-    return size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank)
+    return [(size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank))], False
 
 
 def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:
@@ -299,9 +316,11 @@ def _warn_not_cheaper(targets: list[Target]) -> None:
     dearer = []
     for target in targets:
         out_features, in_features = target.linear.out_features, target.linear.in_features
-        ratio = kron_flops(out_features, in_features, target.block_size, target.rank) / (2 * out_features * in_features)
-        if ratio >= 1:
-            dearer.append(f"{target.name} ({ratio:.2f}x)")
+        for block_size, rank in target.candidates or [(target.block_size, target.rank)]:
+            ratio = kron_flops(out_features, in_features, block_size, rank) / (2 * out_features * in_features)
+            if ratio >= 1:
+                which = f" as {candidate_key(block_size, rank)}" if target.candidates else ""
+                dearer.append(f"{target.name}{which} ({ratio:.2f}x)")
     if dearer:
         warnings.warn(
             f"These modules need as many FLOPs as dense ones or more; take a lower rank or another block size: "

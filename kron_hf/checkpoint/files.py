@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from kron_hf.escaping import one_line, plain, shorten, shown
 from kron_hf.layers import KronLinear
+from kron_hf.selection.candidates import KronCandidates
 
-__all__ = ["StoredTensor", "check_dtypes", "check_layers", "check_places", "check_unmapped", "read_headers"]
+__all__ = ["StoredTensor", "check_dtypes", "check_layer", "check_places", "check_unmapped", "read_headers"]
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -85,31 +86,33 @@ def check_unmapped(stored: Mapping[str, StoredTensor], mapped: set[str]) -> None
             )
 
 
-def check_layers(
-    stored: Mapping[str, StoredTensor], layers: Mapping[str, KronLinear], names: Mapping[str, str], files: list[str]
+def check_layer(
+    stored: Mapping[str, StoredTensor], name: str, in_map: str, layer: KronLinear | KronCandidates, files: list[str]
 ) -> None:
-    """Compares the expected layers with what the files hold.
+    """Compares an expected layer with what the files hold.
 
     Args:
         stored: What the files hold.
-        layers: The expected layers by their names in the model, on the meta device.
-        names: The names that the map gives them.
+        name: The name of the layer in the model.
+        in_map: The name that the map gives it.
+        layer: The layer, on the meta device.
         files: The weight files, for errors.
 
     Raises:
         ValueError: A tensor is missing, or has another shape or no floating-point dtype.
     """
-    for name, layer in layers.items():
-        # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
-        module_name = name if f"{name}.s" in stored else names[name]
-        for key, expected in layer.state_dict().items():
-            full = f"{module_name}.{key}"
-            if full not in stored and key == "weight":
-                continue  # empty: Accelerate's files leave it out
-            if full not in stored:
-                listed = shorten(", ".join(map(_label, files)), 300)
-                raise ValueError(f"{listed}: tensor {shown(full)} is missing")
-            _check_tensor(full, stored[full], list(expected.shape))
+    tensors = layer.state_dict()
+    # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
+    here = any(f"{name}.{key}" in stored for key in tensors if key.rpartition(".")[2] == "s")
+    module_name = name if here else in_map
+    for key, expected in tensors.items():
+        full = f"{module_name}.{key}"
+        if full not in stored and not expected.numel():
+            continue  # the empty weight: Accelerate's files leave it out
+        if full not in stored:
+            listed = shorten(", ".join(map(_label, files)), 300)
+            raise ValueError(f"{listed}: tensor {shown(full)} is missing")
+        _check_tensor(full, stored[full], list(expected.shape))
 
 
 def check_dtypes(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> None:

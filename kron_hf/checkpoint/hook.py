@@ -2,8 +2,8 @@
 
 transformers lets third parties load layers of their own through its quantizer hook. `config.json` then holds
 `quantization_config = {"quant_method": "kron", "format_version": 1, "modules": {name: {"block_size", "rank"}}}`:
-the resolved map, so that loading never matches a pattern. Private attributes of transformers are touched in this file
-and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
+the resolved map (see `module_map`), so that loading never matches a pattern. Private attributes of transformers are
+touched in this file and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
 """
 
 # transformers does not annotate this extension point as it is used.
@@ -23,10 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kron_hf.checkpoint.cache import check_cached_files
 from kron_hf.checkpoint.claims import check_config, check_elements
-from kron_hf.checkpoint.files import check_dtypes, check_layers, check_places, check_unmapped, read_headers
+from kron_hf.checkpoint.files import check_dtypes, check_layer, check_places, check_unmapped, read_headers
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
-from kron_hf.module_map import checked_module_map
+from kron_hf.module_map import checked_module_map, entry_sizes, size_entry
+from kron_hf.selection.candidates import KronCandidates, candidate_name, converted_layers
 
 __all__ = [
     "KronCheckpointConfig",
@@ -52,7 +53,8 @@ class KronCheckpointConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of `config.json`: which modules are Kronecker layers, with which sizes.
 
     Args:
-        modules: `{module name: {"block_size": [bo, bi], "rank": r}}`.
+        modules: `{module name: {"block_size": [bo, bi], "rank": r}}`; while block sizes are being selected
+            `{module name: {"candidates": [{"block_size": [bo, bi], "rank": r}, ...]}}`.
         format_version: Version of this layout.
         quant_method: Always "kron".
 
@@ -81,11 +83,7 @@ class KronCheckpointConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, model: nn.Module) -> "KronCheckpointConfig":
         """The entry that describes a model's present Kronecker layers."""
-        modules = {
-            name: {"block_size": list(layer.block_size), "rank": layer.rank}
-            for name, layer in model.named_modules()
-            if isinstance(layer, KronLinear)
-        }
+        modules = {name: _entry(layer) for name, layer in converted_layers(model).items()}
         return cls(modules=modules, format_version=FORMAT_VERSION)
 
 
@@ -117,11 +115,15 @@ class KronHfQuantizer(HfQuantizer):
             check_places(files, model.config.name_or_path)
             check_cached_files(files)
         modules = _names_in(model, self.quantization_config.modules)
-        layers = {name: _empty_layer(model, name, entry) for name, (_, entry) in modules.items()}
         stored = {} if files is None else read_headers(files)
         if files is not None:
-            check_unmapped(stored, modules.keys() | self.quantization_config.modules.keys())
-            check_layers(stored, layers, {name: in_map for name, (in_map, _) in modules.items()}, files)
+            named = chain(self.quantization_config.modules.items(), ((name, modules[name][1]) for name in modules))
+            check_unmapped(stored, {kron_name for name, entry in named for kron_name in _kron_names(name, entry)})
+        layers: dict[str, KronLinear | KronCandidates] = {}
+        for name, (in_map, entry) in modules.items():
+            layers[name] = _empty_layer(model, name, entry)
+            if files is not None:  # one by one: an entry may claim many candidates
+                check_layer(stored, name, in_map, layers[name], files)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
@@ -133,10 +135,10 @@ class KronHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
-            if isinstance(layer, KronLinear):
+            if isinstance(layer, KronLinear | KronCandidates):
                 _check_loaded(name, layer)
-                if not layer.s.is_meta:
-                    layer.freeze_mask()
+            if isinstance(layer, KronLinear) and not layer.s.is_meta:
+                layer.freeze_mask()
         del model.hf_quantizer
         model.is_quantized = False
         attach_kron_config(model)
@@ -259,7 +261,20 @@ def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tupl
     )
 
 
-def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLinear:
+def _entry(layer: KronLinear | KronCandidates) -> dict[str, Any]:
+    if isinstance(layer, KronLinear):
+        return size_entry(layer.block_size, layer.rank)
+    return {"candidates": [size_entry(*layer.size(key)) for key in layer.alive]}
+
+
+def _kron_names(name: str, entry: dict[str, Any]) -> list[str]:
+    """The names of the modules with factors that an entry stands for."""
+    if "candidates" in entry:
+        return [candidate_name(name, block_size, rank) for block_size, rank in entry_sizes(entry)]
+    return [name]
+
+
+def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLinear | KronCandidates:
     linear = model.get_submodule(name)
     if type(linear) is not nn.Linear:
         raise ValueError(
@@ -267,18 +282,18 @@ def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> Kr
         )
     try:
         with torch.device("meta"):
-            block_size = (entry["block_size"][0], entry["block_size"][1])
-            bias = linear.bias is not None
-            return KronLinear(
-                linear.in_features, linear.out_features, block_size, entry["rank"], bias, dtype=linear.weight.dtype
-            )
+            sizes, features = entry_sizes(entry), (linear.in_features, linear.out_features)
+            options: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
+            if "candidates" in entry:
+                return KronCandidates(*features, sizes, **options)
+            return KronLinear(*features, *sizes[0], **options)
     except ValueError as error:
         raise ValueError(
             f"config.json: module {name!r} is {(linear.out_features, linear.in_features)} (out, in): {error}"
         ) from None
 
 
-def _check_loaded(name: str, layer: KronLinear) -> None:
+def _check_loaded(name: str, layer: KronLinear | KronCandidates) -> None:
     for key, parameter in layer.named_parameters():
         if not parameter.is_meta and not _is_marked(parameter):
             raise ValueError(f"tensor {f'{name}.{key}'!r} is missing from the given state_dict")

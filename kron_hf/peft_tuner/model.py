@@ -88,6 +88,7 @@ class KronModel(BaseTuner):
             raise ValueError("a Kronecker adapter takes its modules from its KronConfig; pass no state_dict")
         config: Any = self.peft_config[adapter_name]
         targets = find_targets(model, config)
+        _check_no_candidates(targets)
         saved = check_saved_modules(model, config, [target.name for target in targets])
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             layers = _layers_for(targets, model, config)
@@ -211,10 +212,19 @@ def _check_first_adapter(model: nn.Module) -> None:
         )
 
 
+def _check_no_candidates(targets: list[Target]) -> None:
+    if any(target.candidates for target in targets):
+        raise ValueError(
+            "block sizes are not selected in an adapter: select them with kron_hf.get_kron_model(model, config) and "
+            "kron_hf.BlockSizeCallback, then pass its `config` to get_peft_model"
+        )
+
+
 def _layers_for(targets: list[Target], model: nn.Module, config: KronConfig) -> Mapping[str, KronLinear]:
     if config.modules is not None:
         return {target.name: StoredKronLinear.for_target(target) for target in targets}
-    return make_layers(targets, init_method(model, config, targets))
+    layers = make_layers(targets, init_method(model, config, targets))
+    return {name: layer for name, layer in layers.items() if isinstance(layer, KronLinear)}
 
 
 def _resolved(config: KronConfig, layers: Mapping[str, KronLinear], saved: list[str]) -> KronConfig:

@@ -1,21 +1,28 @@
 """`KronCandidates`: a linear layer that is the sum of Kronecker layers, one for each candidate block size and rank."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kron_hf.layers import KronLinear
-from kron_hf.sharding import local
+from kron_hf.selection.stored_candidates import CANDIDATES, adapt_state_dict
+from kron_hf.sharding import is_sharded, local
 
-__all__ = ["KronCandidates", "candidate_key"]
+__all__ = ["KronCandidates", "candidate_key", "candidate_name", "converted_layers"]
 
 
 def candidate_key(block_size: tuple[int, int], rank: int) -> str:
     """The name of a candidate inside its layer, as in state dicts: `"4x16_rank2"`."""
     return f"{block_size[0]}x{block_size[1]}_rank{rank}"
+
+
+def candidate_name(layer_name: str, block_size: tuple[int, int], rank: int) -> str:
+    """The name in the model of a candidate's `KronLinear`."""
+    return f"{layer_name}.{CANDIDATES}.{candidate_key(block_size, rank)}"
 
 
 class KronCandidates(nn.Module):
@@ -24,10 +31,12 @@ class KronCandidates(nn.Module):
     Each candidate k has factors of its own, `W^k = sum_i (S^k * A^k_i) (x) B^k_i`. A selection drops candidates until
     one is left, which `chosen()` gives back as a plain `KronLinear`.
 
-    A dropped candidate takes no part in the forward. Freed, its parameters hold no entries any more (they stay
-    parameters, so that an optimizer keeps its groups) and are left out of the state dict. Else (under DDP or FSDP2,
-    which know the parameters' shapes) they are zero and get a gradient of zero. A state dict without a candidate's
-    tensors drops it.
+    A dropped candidate takes no part in the forward and is left out of the state dict. In one process it is freed: its
+    parameters hold no entries any more; they stay parameters, so that an optimizer keeps its groups. Under DDP and
+    FSDP2, which know the parameters' shapes, they become zero and get gradients of zero.
+
+    A state dict says which candidates live: those without tensors in it are dropped, dropped ones come back. That of
+    a plain `KronLinear`, which the layer was once before, leaves the candidate with its shapes.
 
     Args:
         in_features: As in `nn.Linear`.
@@ -87,13 +96,18 @@ class KronCandidates(nn.Module):
             self.register_parameter("bias", None)
         self.register_buffer("weight", torch.empty(0, **where))
         self._dropped: set[str] = set()
-        self._muted: str | None = None
+        self._muted: set[str] = set()
+        self.register_state_dict_post_hook(_leave_out_dropped)
         if not self.weight.is_meta:
             self.reset_parameters()
 
     def layer(self, key: str) -> KronLinear:
         """The Kronecker layer of a candidate."""
         return cast(KronLinear, self.candidates[key])
+
+    def size(self, key: str) -> tuple[tuple[int, int], int]:
+        """Block size and rank of a candidate."""
+        return self.layer(key).block_size, self.layer(key).rank
 
     @property
     def keys(self) -> list[str]:
@@ -121,50 +135,76 @@ class KronCandidates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`."""
-        active = [key for key in self.alive if key != self._muted]
-        y = self.layer(active[0])(x) if active else x.new_zeros(*x.shape[:-1], self.out_features)
-        for key in active[1:]:
+        first, *others = self._active()
+        y = self.layer(first)(x)
+        for key in others:
             y = y + self.layer(key)(x)
         if self.bias is not None:
-            y = y + self.bias
-        gated = [factor for key in self.keys if key in self._dropped for factor in self.layer(key).parameters()]
-        return _Untouched.apply(y, *gated) if gated and torch.is_grad_enabled() else y
+            y = y + self.bias.to(y.dtype)  # autocast adds no bias of its own, unlike in nn.Linear
+        untouched = self._untouched() if torch.is_grad_enabled() else []
+        return _Untouched.apply(y, *untouched) if untouched else y
 
     def dense_weight(self) -> Tensor:
         """The weight it stands for, `[out_features, in_features]`, differentiable."""
-        return torch.stack([self.layer(key).dense_weight() for key in self.alive]).sum(0)
+        first, *others = self._active()
+        weight = self.layer(first).dense_weight()
+        for key in others:
+            weight = weight + self.layer(key).dense_weight()
+        return weight
+
+    def _active(self) -> list[str]:
+        return [key for key in self.alive if key not in self._muted]
+
+    def _untouched(self) -> list[nn.Parameter]:
+        """Parameters of dropped candidates for which somebody may wait."""
+        factors = [factor for key in self.keys if key in self._dropped for factor in self.layer(key).parameters()]
+        return [factor for factor in factors if factor.requires_grad and (factor.numel() or not _is_alone())]
 
     @contextmanager
     def without(self, key: str) -> Iterator[None]:
-        """The layer as if a candidate were dropped, for as long as the context lasts."""
-        self._check_alive(key)
-        self._muted = key
+        """The layer as if a candidate were dropped, for as long as the context lasts.
+
+        Raises:
+            ValueError: There is no such living candidate, or no other.
+        """
+        self._check_droppable(key, self._active())
+        self._muted.add(key)
         try:
             yield
         finally:
-            self._muted = None
+            self._muted.remove(key)
 
     @torch.no_grad()
-    def drop(self, key: str, *, free: bool = True) -> None:
+    def drop(self, key: str, *, free: bool | None = None) -> None:
         """Takes a candidate out of the sum for good.
 
         Args:
             key: Its name.
             free: Whether its memory is given back; not where something relies on the parameters' shapes (DDP, FSDP2).
+                None: if this is the only process.
 
         Raises:
             ValueError: There is no such living candidate, or it is the last one.
         """
-        self._check_alive(key)
-        if len(self.alive) == 1:
-            raise ValueError(f"KronCandidates: {key!r} is the last candidate and cannot be dropped")
+        self._check_droppable(key, self.alive)
         self._dropped.add(key)
+        self.layer(key).dead_blocks = None
         for factor in self.layer(key).parameters():
             factor.grad = None
-            if free:
-                _empty(factor)
+            if free or (free is None and _is_alone() and not is_sharded(factor)):
+                _resize(factor, (0,))
+                factor.requires_grad_(False)  # so that an optimizer made later leaves it out
             else:
                 local(factor).zero_()
+
+    def restore(self, key: str) -> None:
+        """Takes a dropped candidate back, its factors yet to be filled; nothing happens to one that lives."""
+        if key in self._dropped:
+            self._dropped.remove(key)
+            self.layer(key).requires_grad_(True)
+        for name, factor in self.layer(key).named_parameters():
+            if factor.shape != (shape := _factor_shapes(self.layer(key))[name]):
+                _resize(factor, shape)
 
     def chosen(self) -> KronLinear:
         """The last candidate as a plain layer; its parameters are the same objects.
@@ -174,24 +214,50 @@ class KronCandidates(nn.Module):
         """
         if len(self.alive) != 1:
             raise ValueError(f"KronCandidates: {len(self.alive)} candidates are left, {self.alive}; one can be chosen")
-        layer = self.layer(self.alive[0])
-        layer.register_parameter("bias", self.bias)
+        last = self.layer(self.alive[0])
+        layer = KronLinear(self.in_features, self.out_features, last.block_size, last.rank, device="meta")
+        layer.s, layer.a, layer.b, layer.bias = last.s, last.a, last.b, self.bias
+        layer.weight, layer.dead_blocks = self.weight, last.dead_blocks
         return layer.train(self.training)
 
-    def _check_alive(self, key: str) -> None:
-        if key not in self.alive:
-            raise ValueError(f"KronCandidates: {key!r} is not one of the candidates left, {self.alive}")
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the same function, device and dtype; its weight is trainable if a factor is."""
+        factors = [factor for key in self.alive for factor in self.layer(key).parameters()]
+        where: dict[str, Any] = {"device": factors[0].device, "dtype": factors[0].dtype}
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **where)
+        linear.weight.copy_(self.dense_weight())
+        linear.weight.requires_grad_(any(factor.requires_grad for factor in factors))
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear.train(self.training)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _check_droppable(self, key: str, left: list[str]) -> None:
+        if key not in left:
+            raise ValueError(f"KronCandidates: {key!r} is not one of the candidates left, {left}")
+        if len(left) == 1:
+            raise ValueError(f"KronCandidates: {key!r} is the last candidate and cannot be dropped")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        missing_keys: list[str] = args[2]
+        errors: list[str] = args[4]
+        shapes = {key: _factor_shapes(self.layer(key)) for key in self.keys}
+        stored, error = adapt_state_dict(state_dict, prefix, shapes)
+        if error:
+            errors.append(error)
+        for key in stored:
+            self.restore(key)
+        for key in self.alive if stored else []:
+            if key not in stored:
+                self.drop(key)
+                self.layer(key).requires_grad_(False)  # DDP, which wraps models after loading, then ignores it
+        for key in self._dropped:  # torch would miss their tensors
+            state_dict.update(self.layer(key).state_dict(prefix=f"{prefix}{CANDIDATES}.{key}."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._drop_missing(state_dict, prefix)
-
-    def _drop_missing(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        stored = [key for key in self.keys if f"{prefix}candidates.{key}.s" in state_dict]
-        if stored:
-            for key in self.alive:
-                if key not in stored:
-                    self.drop(key)
+        if f"{prefix}weight" in missing_keys:  # as in KronLinear
+            missing_keys.remove(f"{prefix}weight")
+            self.weight = local(self.layer(self.alive[0]).s).new_empty(0)
 
     @classmethod
     def like(cls, linear: nn.Linear, candidates: Sequence[tuple[int | tuple[int, int], int]]) -> "KronCandidates":
@@ -211,7 +277,9 @@ class KronCandidates(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes, as `nn.Linear` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        dropped = f", dropped={sorted(self._dropped)}" if self._dropped else ""
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{dropped}"
 
 
 class _Untouched(torch.autograd.Function):
@@ -228,5 +296,32 @@ class _Untouched(torch.autograd.Function):
         return grads[0], *zeros
 
 
-def _empty(parameter: nn.Parameter) -> None:
-    parameter.data = parameter.data.new_empty(0)
+def converted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, KronLinear | KronCandidates]:
+    """The layers of a model that stand in the place of linears, by their names; not the candidates inside of one."""
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    found = {name: module for name, module in named if isinstance(module, KronLinear | KronCandidates)}
+    inner = {id(layer) for module in found.values() if isinstance(module, KronCandidates) for layer in module.modules()}
+    return {
+        name: module for name, module in found.items() if isinstance(module, KronCandidates) or id(module) not in inner
+    }
+
+
+def _leave_out_dropped(layer: KronCandidates, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    gone = tuple(f"{prefix}{CANDIDATES}.{key}." for key in layer.keys if key not in layer.alive)
+    for name in [name for name in state_dict if name.startswith(gone)]:
+        del state_dict[name]
+    if is_sharded(layer.layer(layer.alive[0]).s):  # as in KronLinear
+        state_dict.pop(f"{prefix}weight", None)
+
+
+def _factor_shapes(layer: KronLinear) -> dict[str, tuple[int, ...]]:
+    blocks, rank = (layer.out_blocks, layer.in_blocks), layer.rank
+    return {"s": blocks, "a": (rank, *blocks), "b": (rank, *layer.block_size)}
+
+
+def _is_alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _resize(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
+    parameter.data = parameter.data.new_empty(shape)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kron_hf.layers import KronLinear
+from kron_hf.selection.candidates import KronCandidates
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.optimizer_state import clear_state, raw_optimizer
 from kron_hf.sparsity.options import SparsityOptions
@@ -109,6 +110,11 @@ class Sparsifier:
         layers = kron_layers(model)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no KronLinear layers to make sparse; convert it first")
+        if any(isinstance(module, KronCandidates) for module in model.modules()):
+            raise ValueError(
+                "blocks are made sparse once their size is chosen: select it with BlockSizeCallback, then train "
+                "get_kron_model(model, callback.config), a model of the chosen size, to a sparsity"
+            )
         _check_whole(layers)
         self._initial_dead = [None if layer.dead_blocks is None else layer.dead_blocks.clone() for layer in layers]
         self._method: _Method = (
