@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from kron_hf.factors import block_norms
 from kron_hf.layers import KronLinear
-from kron_hf.selection.candidates import candidate_key
+from kron_hf.selection.candidates import KronCandidates, candidate_key
 from kron_hf.selection.costs import Costs, size_of
 from kron_hf.selection.groups import candidate_layers, choices_of, label_of, without
 from kron_hf.selection.norms import balanced_norm, scale_, squared_norms
@@ -50,6 +51,7 @@ class CandidateSet:
                 "get_kron_model(model, KronConfig(candidate_block_sizes=[...]))"
             )
         self.names, self.layers = list(found), list(found.values())
+        _check_whole(found)
         self.keys = [layer.alive for layer in self.layers]
         self.sizes = [
             [[*layer.layer(key).block_size, layer.layer(key).rank] for key in layer.alive] for layer in self.layers
@@ -83,7 +85,8 @@ class CandidateSet:
             layer, key = self.layers[index], self.keys[index][k]
             if optimizer is not None:
                 forget(optimizer, list(layer.layer(key).parameters()), leave=True)
-            layer.drop(key)
+            # A wrapper, also around one process, relies on the shapes of the parameters.
+            layer.drop(key, free=False if dist.is_available() and dist.is_initialized() else None)
 
     def keep_only(self, sizes: Sequence[Sequence[list[int]]], alive: Sequence[Sequence[str]]) -> None:
         """Continues a selection: `sizes` are of all candidates of each layer there once were, `alive` those left.
@@ -173,3 +176,14 @@ class CandidateSet:
         """The Kronecker layer of the last candidate in a layer."""
         (key,) = self.layers[index].alive
         return self.layers[index].layer(key)
+
+
+def _check_whole(layers: dict[str, KronCandidates]) -> None:
+    for name, layer in layers.items():
+        for key in layer.alive:
+            s, blocks = layer.layer(key).s, [layer.layer(key).out_blocks, layer.layer(key).in_blocks]
+            if list(s.shape) != blocks:
+                raise ValueError(
+                    f"{name}: an S of shape {blocks} has been flattened to {list(s.shape)}: FSDP version 1 and "
+                    "DeepSpeed ZeRO-3 hide the parameters; use fsdp_version 2"
+                )

@@ -1,6 +1,6 @@
 """Beginning again with the candidate that was chosen: its factors, what the optimizer knows of them, the schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kron_hf.layers import KronLinear
+from kron_hf.selection.selector_state import checked_state
 from kron_hf.sharding import local, shard_of
 
-__all__ = ["forget", "redraw", "run_schedule_again", "schedule_of"]
+__all__ = ["continue_schedule", "forget", "redraw", "remaining_share", "run_schedule_again", "schedule_of"]
 
 
 def forget(optimizer: Optimizer, parameters: list[nn.Parameter], *, leave: bool) -> None:
@@ -57,14 +58,33 @@ def schedule_of(scheduler: Any) -> LambdaLR:
     return inner
 
 
+def continue_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Lets a schedule go on as in a selection that has ended and whose model holds plain layers by now.
+
+    Args:
+        scheduler: The schedule.
+        state: The state of the `BlockSizeSelector`.
+    """
+    state = checked_state(state)
+    if state["restarted_at"] is not None:
+        run_schedule_again(schedule_of(scheduler), state["restarted_at"], remaining_share(state))
+
+
+def remaining_share(state: Mapping[str, Any]) -> float:
+    """Share of the training's steps that come after the last drop, by the state of a `BlockSizeSelector`."""
+    return 1 - max((event["step"] for event in state["events"]), default=0) / state["total_steps"]
+
+
 def run_schedule_again(scheduler: LambdaLR, begun: int, remaining: float) -> None:
     """From epoch `begun` of the schedule on, all of it passes within the remaining share of the training.
 
     Args:
         scheduler: The schedule.
         begun: Its `last_epoch` at the first step of the second run.
-        remaining: Share of the training's steps that are left, in (0, 1].
+        remaining: Share of the training's steps that are left, in [0, 1].
     """
+    if remaining <= 0:
+        return
     scheduler.lr_lambdas = [_again(function, begun, remaining) for function in scheduler.lr_lambdas]
 
 

@@ -15,7 +15,7 @@ from kron_hf.selection.candidate_set import CandidateSet
 from kron_hf.selection.costs import Costs
 from kron_hf.selection.options import SelectionOptions
 from kron_hf.selection.penalty import Penalty
-from kron_hf.selection.restart import forget, redraw, run_schedule_again, schedule_of
+from kron_hf.selection.restart import forget, redraw, remaining_share, run_schedule_again, schedule_of
 from kron_hf.selection.result import SelectionResult
 from kron_hf.selection.selector_state import checked_state
 from kron_hf.selection.validation import Validation
@@ -301,9 +301,4 @@ class BlockSizeSelector:
 
     def _run_schedule_again(self) -> None:
         assert self._restarted_at is not None
-        remaining = (self._total_steps - self._decided_step()) / self._total_steps
-        if remaining > 0:
-            run_schedule_again(self._scheduler, self._restarted_at, remaining)
-
-    def _decided_step(self) -> int:
-        return max((event["step"] for event in self._events), default=0)
+        run_schedule_again(self._scheduler, self._restarted_at, remaining_share(self.state_dict()))
