@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tiny_training import arguments
 from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from kron_hf import BlockSizeCallback, KronConfig, get_kron_model
 from kron_hf.data.grey import load_grey_set
 from kron_hf.selection import BlockSizeSelector, KronCandidates
-from tiny_training import arguments
 
 STEPS, SAVE_STEPS = 20, 2
 CANDIDATES = {"candidate_block_sizes": [2, 4, (4, 8)], "candidate_ranks": [1]}

@@ -227,9 +227,10 @@ def fashion_table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == name]
         chosen = Counter(row["chosen"] for row in own if row["chosen"] is not None)
-        numbers = [mean(row[key] for row in own) for key in ("validation_loss", "test_accuracy", "params_of_dense")]
+        numbers = ("validation_loss", "test_accuracy", "params_of_dense", "seconds")
+        loss, accuracy, params, seconds = (mean(row[key] for row in own) for key in numbers)
         lines.append(
-            f"{name:26}{numbers[0]:>10.4f}{numbers[1]:>10.4f}{numbers[2]:>8.4f}{mean(r['seconds'] for r in own):>9.1f}  "
+            f"{name:26}{loss:>10.4f}{accuracy:>10.4f}{params:>8.4f}{seconds:>9.1f}  "
             + ", ".join(f"{block}x{block} in {count}" for block, count in sorted(chosen.items()))
         )
     alone = [row for row in rows if row["mode"] is None]
