@@ -139,10 +139,11 @@ class KronCandidates(nn.Module):
         y = self.layer(first)(x)
         for key in others:
             y = y + self.layer(key)(x)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)  # autocast adds no bias of its own, unlike in nn.Linear
-        untouched = self._untouched() if torch.is_grad_enabled() else []
-        return _Untouched.apply(y, *untouched) if untouched else y
+        bias, untouched = self.bias, self._untouched()
+        if untouched:
+            zero = torch.stack([factor.flatten()[:0].sum() for factor in untouched]).sum()
+            bias = zero if bias is None else bias + zero
+        return y if bias is None else y + bias.to(y.dtype)  # autocast would make y a float32 here, nn.Linear does not
 
     def dense_weight(self) -> Tensor:
         """The weight it stands for, `[out_features, in_features]`, differentiable."""
@@ -156,7 +157,9 @@ class KronCandidates(nn.Module):
         return [key for key in self.alive if key not in self._muted]
 
     def _untouched(self) -> list[nn.Parameter]:
-        """Parameters of dropped candidates for which somebody may wait."""
+        """Parameters of dropped candidates; reducers wait for a gradient of each."""
+        if not torch.is_grad_enabled():
+            return []
         factors = [factor for key in self.keys if key in self._dropped for factor in self.layer(key).parameters()]
         return [factor for factor in factors if factor.requires_grad and (factor.numel() or not _is_alone())]
 
@@ -280,20 +283,6 @@ class KronCandidates(nn.Module):
         dropped = f", dropped={sorted(self._dropped)}" if self._dropped else ""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{dropped}"
-
-
-class _Untouched(torch.autograd.Function):
-    """Gives its first argument back, and the others a gradient of zero: reducers wait for one of each parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
-        return grads[0], *zeros
 
 
 def converted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, KronLinear | KronCandidates]:
