@@ -142,10 +142,9 @@ class BlockSizeCallback(StatefulCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds `candidates_left` and norms to the logs, and to the history, into which Trainer has copied them."""
-        if self.selector is None:
-            return
-        found: dict[str, float] = {"candidates_left": self.selector.candidates_left}
-        if not self.selector.done:
+        found: dict[str, float] = {"candidates_left": 1}
+        if self.selector is not None and not self.selector.done:
+            found["candidates_left"] = self.selector.candidates_left
             found |= {f"norm_{label}": norm for label, norm in self.selector.norms().items()}
         for logs in (kwargs["logs"], *state.log_history[-1:]):
             logs.update({name: value for name, value in found.items() if name not in logs})

@@ -97,11 +97,12 @@ def callback_of(mode="validation", **options):
     return BlockSizeCallback(mode, held_out, **{"eval_batches": 2, **options})
 
 
-def trainer(folder, model=None, callback=None, trainer_class=Trainer, **options):
+def trainer(folder, model=None, callback=None, trainer_class=Trainer, eval_dataset=None, **options):
     """Drops after 6 and 10 of 20 steps in validation mode."""
     args = arguments(folder, **{"max_steps": STEPS, "logging_steps": 2, "warmup_steps": 2, **options})
     model, callback = vit() if model is None else model, callback or callback_of()
-    return trainer_class(model, args, train_dataset=digits()[:48], callbacks=[callback])
+    data = {"train_dataset": digits()[:48], "eval_dataset": eval_dataset}
+    return trainer_class(model, args, callbacks=[callback], **data)
 
 
 def callback_in(run):

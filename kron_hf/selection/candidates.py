@@ -32,8 +32,8 @@ class KronCandidates(nn.Module):
     one is left, which `chosen()` gives back as a plain `KronLinear`.
 
     A dropped candidate takes no part in the forward and is left out of the state dict. In one process it is freed: its
-    parameters hold no entries any more; they stay parameters, so that an optimizer keeps its groups. Under DDP and
-    FSDP2, which know the parameters' shapes, they become zero and get gradients of zero.
+    parameters hold no entries any more and need no gradient, so that an optimizer made later has the groups of a model
+    without it. Under DDP and FSDP2, which know the parameters' shapes, they become zero and get gradients of zero.
 
     A state dict says which candidates live: those without tensors in it are dropped, dropped ones come back. That of
     a plain `KronLinear`, which the layer was once before, leaves the candidate with its shapes.
