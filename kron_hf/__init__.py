@@ -19,7 +19,7 @@ from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.sparsity import Sparsifier, copy_masks
-from kron_hf.summary import kron_summary
+from kron_hf.summary import block_summary, kron_summary, model_flops
 from kron_hf.surgery import to_dense
 from kron_hf.trainer.last_checkpoint import last_checkpoint
 
@@ -33,11 +33,13 @@ __all__ = [
     "KronTrainer",
     "Sparsifier",
     "SparsityCallback",
+    "block_summary",
     "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
     "last_checkpoint",
+    "model_flops",
     "push_to_hub",
     "to_dense",
     "write_model_card",

@@ -313,17 +313,27 @@ def _warn_unused_entry(field_name: str, entry: str | int, of_what: str) -> None:
 
 
 def _warn_not_cheaper(targets: list[Target]) -> None:
-    dearer = []
+    modules: list[str] = []
+    candidates: dict[str, list[float]] = {}
     for target in targets:
-        out_features, in_features = target.linear.out_features, target.linear.in_features
         for block_size, rank in target.candidates or [(target.block_size, target.rank)]:
-            ratio = kron_flops(out_features, in_features, block_size, rank) / (2 * out_features * in_features)
-            if ratio >= 1:
-                which = f" as {candidate_key(block_size, rank)}" if target.candidates else ""
-                dearer.append(f"{target.name}{which} ({ratio:.2f}x)")
-    if dearer:
+            ratio = _relative_flops(target.linear, block_size, rank)
+            if ratio >= 1 and target.candidates:
+                candidates.setdefault(candidate_key(block_size, rank), []).append(ratio)
+            elif ratio >= 1:
+                modules.append(f"{target.name} ({ratio:.2f}x)")
+    listed = [
+        f"{key} ({max(ratios):.2f}x, {len(ratios)} of {len(targets)} modules)" for key, ratios in candidates.items()
+    ]
+    if modules or listed:
+        what = "These candidates" if listed else "These modules"
         warnings.warn(
-            f"These modules need as many FLOPs as dense ones or more; take a lower rank or another block size: "
-            f"{printable(', '.join(dearer))}",
+            f"{what} need as many FLOPs as dense ones or more; take a lower rank or another block size: "
+            f"{printable(', '.join(modules + listed))}",
             stacklevel=5,
         )
+
+
+def _relative_flops(linear: nn.Linear, block_size: tuple[int, int], rank: int) -> float:
+    out_features, in_features = linear.out_features, linear.in_features
+    return kron_flops(out_features, in_features, block_size, rank) / (2 * out_features * in_features)

@@ -128,6 +128,12 @@ RESOLVED = KronConfig(
 )
 
 
+CANDIDATES = KronConfig(candidate_block_sizes=[4, (4, 16), 8, (1, -1)], candidate_ranks=[1, 4], init_weights="random")
+CHOOSING = KronConfig(
+    modules={"fc": {"candidates": [{"block_size": (4, 16), "rank": 2}, {"block_size": [2, 2], "rank": 1}]}}
+)
+
+
 @pytest.mark.parametrize(
     "selection",
     [
@@ -160,7 +166,11 @@ FULL = KronConfig(
 )
 
 
-@pytest.mark.parametrize("config", [KronConfig(), FULL, RESOLVED], ids=["defaults", "full", "resolved"])
+@pytest.mark.parametrize(
+    "config",
+    [KronConfig(), FULL, RESOLVED, CANDIDATES, CHOOSING],
+    ids=["defaults", "full", "resolved", "candidates", "choosing"],
+)
 def test_json_round_trip_is_exact(config, tmp_path):
     config.save_pretrained(str(tmp_path))
     loaded = KronConfig.from_pretrained(str(tmp_path))
@@ -168,6 +178,80 @@ def test_json_round_trip_is_exact(config, tmp_path):
     assert repr(loaded) == repr(config)  # a list in place of a pair would differ here, too
     loaded.save_pretrained(str(tmp_path / "again"))
     assert (tmp_path / "again/adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
+
+
+def test_only_nested_lists_of_candidates_come_back_as_pairs(tmp_path):
+    CANDIDATES.save_pretrained(str(tmp_path))
+    loaded = KronConfig.from_pretrained(str(tmp_path))
+    assert loaded.candidate_block_sizes == [4, (4, 16), 8, (1, -1)]
+    assert loaded.candidate_ranks == [1, 4]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["candidate_block_sizes"] == [
+        4,
+        [4, 16],
+        8,
+        [1, -1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        (
+            {"candidate_block_sizes": [4, (4, 16)], "candidate_ranks": [1, 2]},
+            [(4, 1), (4, 2), ((4, 16), 1), ((4, 16), 2)],
+        ),
+        ({"candidate_block_sizes": [[4, 16], 4], "rank": 3}, [((4, 16), 3), (4, 3)]),
+        ({"candidate_ranks": [8, 1], "block_size": (4, 4)}, [((4, 4), 8), ((4, 4), 1)]),
+        ({"candidate_block_sizes": [32, 64], "rank": 500}, [(32, 500), (64, 500)]),  # block_size is not used then
+    ],
+    ids=["none", "both", "sizes", "ranks", "large rank"],
+)
+def test_candidates_are_the_cross_product(options, expected):
+    assert KronConfig(**options).candidates == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"candidate_block_sizes": [4]},
+            r"must give 2 to 64 candidates, got 1: .* set block_size and rank to \(4, 4\)",
+        ),
+        ({"candidate_ranks": [2]}, r"got 1: to train with one, set block_size and rank to \(16, 2\)"),
+        ({"candidate_block_sizes": list(range(1, 10)), "candidate_ranks": [1] * 8}, "2 to 64 candidates, got 72"),
+        ({"candidate_block_sizes": []}, r"candidate_block_sizes must be None or a list of 1 to 64 entries, got \[\]"),
+        ({"candidate_block_sizes": [4] * 10**6}, "candidate_block_sizes must be None or a list of 1 to 64"),
+        ({"candidate_block_sizes": (4, 16)}, r"candidate_block_sizes must be None or a list .*got \(4, 16\)"),
+        ({"candidate_block_sizes": 4}, "candidate_block_sizes must be None or a list .*got 4"),
+        ({"candidate_block_sizes": "48"}, "candidate_block_sizes must be None or a list .*got '48'"),
+        ({"candidate_block_sizes": [4, -1]}, r"candidate_block_sizes\[1\] must be a positive int or a pair"),
+        ({"candidate_block_sizes": [4, [4, 8, 2]]}, r"candidate_block_sizes\[1\] must be a positive int or a pair"),
+        ({"candidate_block_sizes": [4, [[4, 8], 2]]}, r"candidate_block_sizes\[1\] must be"),
+        ({"candidate_block_sizes": [4, True]}, r"candidate_block_sizes\[1\] must be"),
+        ({"candidate_ranks": 4}, "candidate_ranks must be None or a list .*got 4"),
+        ({"candidate_ranks": [1, 0]}, r"candidate_ranks\[1\] must be an int of at least 1, got 0"),
+        ({"candidate_ranks": [1, 2.0]}, r"candidate_ranks\[1\] must be an int of at least 1, got 2.0"),
+        ({"candidate_block_sizes": [4, 8, 4]}, r"give blocks of \(4, 4\) at rank 4 twice"),
+        ({"candidate_block_sizes": [8, (8, 8)]}, r"give blocks of \(8, 8\) at rank 4 twice"),
+        ({"candidate_ranks": [1, 2, 1]}, r"give blocks of \(16, 16\) at rank 1 twice"),
+        (
+            {"candidate_block_sizes": [2, 8], "candidate_ranks": [1, 5]},
+            "candidate of block_size 2 must be at most .* 4, got 5",
+        ),
+        ({"candidate_block_sizes": [1, 8]}, "candidate of block_size 1 must be at most bo . bi = 1, got 4"),
+        ({"candidate_block_sizes": [4, 8], "block_size_pattern": {"fc1": 4}}, "they exclude block_size_pattern"),
+        ({"candidate_ranks": [1, 2], "rank_pattern": {"fc1": 4}}, "they exclude rank_pattern"),
+        ({"candidate_ranks": [1, 2], "init_weights": "nearest"}, "start with init_weights='random', got 'nearest'"),
+        ({"candidate_ranks": [1, 2], "init_weights": "calibrated"}, "start with init_weights='random', got 'cal"),
+        ({"candidate_ranks": [1, 2], "modules": {"fc": {"block_size": [4, 4], "rank": 1}}}, "excludes candidate_ranks"),
+    ],
+    ids=str,
+)
+def test_bad_candidates(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        KronConfig(**options)
+    assert len(str(caught.value)) < 400
 
 
 def test_pairs_come_back_as_pairs(tmp_path):
@@ -277,7 +361,9 @@ def test_a_stored_config_without_patterns_may_be_used(tmp_path, config):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), replace])
-@pytest.mark.parametrize("config", [KronConfig(), FULL, RESOLVED], ids=["defaults", "full", "resolved"])
+@pytest.mark.parametrize(
+    "config", [KronConfig(), FULL, RESOLVED, CANDIDATES], ids=["defaults", "full", "resolved", "candidates"]
+)
 def test_copies_are_equal(config, copied):
     assert copied(config) == config
     assert copied(config).peft_type is PeftType.KRON

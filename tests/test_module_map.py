@@ -3,7 +3,7 @@ import re
 import pytest
 from torch import nn
 
-from kron_hf.module_map import checked_module_map, localize_names
+from kron_hf.module_map import checked_module_map, entry_sizes, localize_names, size_entry
 
 ENTRY = {"block_size": [4, 8], "rank": 2}
 
@@ -50,12 +50,52 @@ def test_block_sizes_become_lists_as_in_json():
         {"fc": {"block_size": [True, 8], "rank": 2}},
         {"fc": {"block_size": [4, 8], "rank": 0}},
         {"fc": {"block_size": [4, 8], "rank": "2"}},
+        {"": {"candidates": [ENTRY]}},
+        {1: {"candidates": [ENTRY]}},
     ],
     ids=repr,
 )
 def test_a_malformed_map(value):
     with pytest.raises(ValueError, match=r"^modules(\[.*\])? must be .*got"):
         checked_module_map(value)
+
+
+def test_candidates_are_kept_in_their_order():
+    sizes = [{"block_size": (8, 8), "rank": 1}, {"block_size": [4, 8], "rank": 2}]
+    checked = checked_module_map({"fc": {"candidates": sizes}})
+    assert checked == {"fc": {"candidates": [{"block_size": [8, 8], "rank": 1}, ENTRY]}}
+    assert entry_sizes(checked["fc"]) == [((8, 8), 1), ((4, 8), 2)]
+    assert entry_sizes(ENTRY) == [((4, 8), 2)]
+    assert size_entry((4, 8), 2) == ENTRY
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([], "must be a list of 1 to 64, got 0 of them"),
+        ([ENTRY] * 10**6, "must be a list of 1 to 64, got 1000000 of them"),
+        ("4x8", "must be a list of 1 to 64, got '4x8'"),
+        (ENTRY, "must be a list of 1 to 64, got {"),
+        ([ENTRY, {**ENTRY}], r"candidates\[1\] is there before, {"),
+        ([ENTRY, {"block_size": (4, 8), "rank": 2}], r"candidates\[1\] is there before, {"),
+        ([ENTRY, None], r"candidates\[1\] must be .*got None"),
+        ([{"candidates": [ENTRY]}], r"candidates\[0\] must be .*got {'candidates'"),
+        ([{"block_size": [4, 0], "rank": 1}], r"candidates\[0\] must be"),
+    ],
+    ids=["none", "million", "text", "dict", "twice", "twice as tuple", "null", "nested", "zero"],
+)
+def test_malformed_candidates(candidates, message):
+    with pytest.raises(ValueError, match=rf"^modules\['fc'\].*{message}") as caught:
+        checked_module_map({"fc": {"candidates": candidates}})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "entry", [{"candidates": [ENTRY], **ENTRY}, {"candidates": [ENTRY], "x": 1}], ids=["both", "x"]
+)
+def test_candidates_stand_alone_in_their_entry(entry):
+    with pytest.raises(ValueError, match=r"^modules\['fc'\] must be"):
+        checked_module_map({"fc": entry})
 
 
 def test_a_huge_map_gives_a_short_error():

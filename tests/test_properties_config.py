@@ -40,6 +40,25 @@ def valid_arguments(draw):
     return arguments
 
 
+@st.composite
+def valid_candidates(draw):
+    """Arguments with candidates, and what they come to."""
+    size = SIZES | st.tuples(SIZES | st.just(-1), SIZES | st.just(-1))
+    sizes = draw(st.lists(size, min_size=1, max_size=6, unique_by=lambda s: (s, s) if isinstance(s, int) else s))
+    pairs = [(s, s) if isinstance(s, int) else s for s in sizes]
+    largest = min([64, *(bo * bi for bo, bi in pairs if min(bo, bi) > 0)])
+    ranks = draw(st.lists(st.integers(1, largest), min_size=1, max_size=6, unique=True))
+    expected = [(s, r) for s in sizes for r in ranks]
+    listed = [list(s) if isinstance(s, tuple) and draw(st.booleans()) else s for s in sizes]
+    if len(expected) < 2:
+        expected, listed, ranks = [(1, 1), (2, 1)], [1, 2], [1]
+    if len(ranks) == 1 and draw(st.booleans()):
+        return {"candidate_block_sizes": listed, "rank": ranks[0]}, expected
+    if len(sizes) == 1 and len(ranks) > 1 and draw(st.booleans()):
+        return {"candidate_ranks": ranks, "block_size": listed[0], "rank": 1}, expected
+    return {"candidate_block_sizes": listed, "candidate_ranks": ranks}, expected
+
+
 GARBAGE = (
     st.none()
     | st.booleans()
@@ -54,7 +73,7 @@ GARBAGE = (
 )
 FIELDS = [
     *("block_size", "rank", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("block_size_pattern", "rank_pattern", "init_weights"),
+    *("block_size_pattern", "rank_pattern", "init_weights", "candidate_block_sizes", "candidate_ranks"),
 ]
 
 
@@ -73,6 +92,19 @@ def test_json_round_trip_is_exact(examples, tmp_path):
         assert KronConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
     check_all(check, valid_arguments(), examples)
+
+
+@examples(100, 1000)
+def test_candidates_survive_json(examples):
+    def check(case):
+        arguments, expected = case
+        config = KronConfig(**arguments)
+        assert config.candidates == expected
+        again = through_json(config)
+        assert again.candidates == expected
+        assert repr(again) == repr(config)
+
+    check_all(check, valid_candidates(), examples)
 
 
 @pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")  # Python's own word on patterns as "[["

@@ -9,6 +9,7 @@ from tiny_training import TinyKron, assert_same_weights, assert_target, batch, m
 from torch import nn
 
 from kron_hf.layers import KronLinear
+from kron_hf.selection import KronCandidates
 from kron_hf.sparsity import Sparsifier
 from kron_hf.sparsity.pruning import kron_layers
 
@@ -346,6 +347,13 @@ def test_flattened_parameters_raise():
     model.fc1.s = nn.Parameter(model.fc1.s.detach().flatten())  # as FSDP version 1 leaves it
     with pytest.raises(ValueError, match=r"S of shape \[8, 4\] has been flattened to \[32\].*use fsdp_version 2"):
         Sparsifier(model, target_sparsity=0.5, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("options", [{"target_sparsity": 0.5}, {"l1": 1.0}], ids=lambda options: next(iter(options)))
+def test_a_model_in_the_middle_of_a_selection_is_refused(options):
+    model = nn.Sequential(KronCandidates(16, 16, [(4, 1), (8, 1)]), KronLinear(16, 16, 4, 1))
+    with pytest.raises(ValueError, match=r"once their size is chosen: .*get_kron_model\(model, callback\.config\)"):
+        Sparsifier(model, **options, total_steps=100)
 
 
 def test_a_model_without_kronecker_layers_raises():

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel
 
 from kron_hf import KronConfig, KronLinear, get_kron_model, to_dense
+from kron_hf.selection import KronCandidates
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets
 
@@ -16,8 +17,11 @@ def vit():
     return FAMILIES["vit"]()
 
 
-def target(linear, block_size=(4, 8), rank=1, name="encoder.fc1"):
-    return Target(name, linear, block_size, rank)
+def target(linear, block_size=(4, 8), rank=1, name="encoder.fc1", candidates=()):
+    return Target(name, linear, block_size, rank, candidates)
+
+
+CANDIDATES = (((16, 16), 1), ((8, 8), 2), ((4, 16), 4))
 
 
 def make(linear, init_weights="random", **kwargs):
@@ -111,7 +115,37 @@ def test_weights_that_are_not_finite_are_refused_by_name(init_weights, value):
         make(linear, init_weights)
 
 
+@pytest.mark.parametrize("std", [0.02, 3.0])
+def test_candidates_share_the_variance_of_the_replaced_weight(std):
+    linear = nn.Linear(512, 512)
+    nn.init.normal_(linear.weight, std=std)
+    layer = make(linear, candidates=CANDIDATES)
+    torch.testing.assert_close(layer.dense_weight().var().item(), std**2, rtol=0.3, atol=0)
+    for candidate in layer.candidates.values():
+        torch.testing.assert_close(candidate.dense_weight().var().item(), std**2 / 3, rtol=0.4, atol=0)
+
+
+def test_candidates_are_not_fitted():
+    with pytest.raises(ValueError, match=r"^encoder\.fc1: candidates start with init_weights='random', got 'nearest'$"):
+        make(nn.Linear(512, 512), "nearest", candidates=CANDIDATES)
+
+
 # What is kept of the replaced layer
+
+
+@pytest.mark.parametrize("trained", [(), ("bias",), ("weight",)], ids=str)
+def test_candidates_keep_mode_bias_and_what_is_trained(trained):
+    linear = nn.Linear(16, 16, dtype=torch.bfloat16).eval()
+    for name, parameter in linear.named_parameters():
+        parameter.requires_grad_(name in trained)
+    layer = make(linear, candidates=CANDIDATES)
+    assert type(layer) is KronCandidates
+    assert torch.equal(layer.bias, linear.bias)
+    assert layer.bias.requires_grad == ("bias" in trained)
+    factors = [parameter for name, parameter in layer.named_parameters() if name != "bias"]
+    assert {factor.requires_grad for factor in factors} == {"weight" in trained}
+    assert {factor.dtype for factor in factors} == {torch.bfloat16}
+    assert not any(module.training for module in layer.modules())
 
 
 @pytest.mark.parametrize("init_weights", ["random", "nearest"])
@@ -205,9 +239,19 @@ def test_to_dense_keeps_shared_layers_shared():
     assert model["a"] is model["b"]
 
 
-def test_to_dense_refuses_a_single_layer():
+def test_to_dense_keeps_shared_candidates_shared():
+    layer = KronCandidates(8, 8, [(4, 1), (2, 1)])
+    model = to_dense(nn.ModuleDict({"a": layer, "b": layer}))
+    assert type(model["a"]) is nn.Linear
+    assert model["a"] is model["b"]
+
+
+@pytest.mark.parametrize(
+    "layer", [KronLinear(8, 8, 4, 1), KronCandidates(8, 8, [(4, 1)])], ids=lambda x: type(x).__name__
+)
+def test_to_dense_refuses_a_single_layer(layer):
     with pytest.raises(ValueError, match=re.escape("for a single one use layer.to_linear()")):
-        to_dense(KronLinear(8, 8, 4, 1))
+        to_dense(layer)
 
 
 def test_to_dense_of_an_encoder_inside_a_module_saves_a_plain_one(tmp_path):

@@ -440,3 +440,79 @@ def test_a_converted_model_is_refused(build):
     count = sum(isinstance(module, KronLinear) for module in model.modules())
     with pytest.raises(ValueError, match=rf"already has {count} Kronecker layers \(first: .*; convert a dense model"):
         names(model)
+
+
+# Candidates to choose from
+
+
+def choosing(**kwargs):
+    return KronConfig(**{"candidate_block_sizes": [(4, 8), 4, (1, -1)], "candidate_ranks": [1], **kwargs})
+
+
+def test_every_target_has_all_candidates_in_their_order():
+    targets = find_targets(vit(), choosing(candidate_block_sizes=[(4, 8), 8, (1, -1)], candidate_ranks=[1, 2]))
+    assert len(targets) == 12
+    widths = {"fc2": 64}
+    for target in targets:
+        width = widths.get(target.name.rpartition(".")[2], 32)
+        sizes = [((4, 8), 1), ((4, 8), 2), ((8, 8), 1), ((8, 8), 2), ((1, width), 1), ((1, width), 2)]
+        assert target.candidates == tuple(sizes)
+        assert (target.block_size, target.rank) == sizes[0]
+
+
+def test_without_candidates_targets_have_none():
+    assert {target.candidates for target in find_targets(vit(), config())} == {()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"candidate_block_sizes": [4, (4, 64)]},
+            r"fc1: block_size \(4, 64\) does not divide its weight of .* \(64, 32\)",
+        ),
+        (
+            {"candidate_block_sizes": [4, 128]},
+            r"fc1: block_size \(128, 128\) does not divide its weight of .* \(64, 32\)",
+        ),
+        ({"candidate_block_sizes": [4, (1, -1)], "candidate_ranks": [40]}, "must be at most bo . bi = 16, got 40"),
+        (
+            {"candidate_block_sizes": [(8, 8), (1, -1)], "candidate_ranks": [40]},
+            "fc1: rank must be at most .* = 32, got 40",
+        ),
+        ({"candidate_block_sizes": [(1, -1), (1, 32)]}, r"fc1: two candidates are blocks of \(1, 32\) at rank 1 here"),
+    ],
+    ids=["does not divide", "larger than the layer", "rank of any", "rank here", "equal here"],
+)
+def test_a_candidate_that_a_named_layer_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        find_targets(vit(), choosing(target_modules=["fc1"], **options))
+
+
+def test_default_layers_that_some_candidate_does_not_fit_are_skipped_with_one_warning():
+    with pytest.warns(UserWarning, match=r"^Left dense: .*fc1: block_size \(4, 64\) does not divide") as caught:
+        targets = find_targets(vit(), choosing(candidate_block_sizes=[4, (4, 64)]))
+    assert len(caught) == 1
+    assert {target.name.rpartition(".")[2] for target in targets} == {"fc2"}
+
+
+def test_no_layer_fits_all_candidates():
+    with pytest.raises(
+        ValueError, match=r"no module to replace matches the default .*block_size \(128, 128\) does not"
+    ):
+        find_targets(vit(), choosing(candidate_block_sizes=[4, 128]))
+
+
+def test_candidates_that_are_not_cheaper_are_listed_in_one_warning():
+    with pytest.warns(UserWarning, match="^These candidates need as many FLOPs as dense") as caught:
+        find_targets(vit(), choosing(candidate_block_sizes=[(4, 8), 4], candidate_ranks=[1, 4], target_modules=["fc1"]))
+    assert len(caught) == 1
+    assert str(caught[0].message).endswith("another block size: 4x4_rank4 (1.25x, 2 of 2 modules)")
+
+
+def test_a_model_in_the_middle_of_a_selection_is_refused():
+    model = get_kron_model(vit(), choosing())
+    with pytest.raises(
+        ValueError, match=r"already has 12 Kronecker layers \(first: vit\.layers\.0\.attention\.[a-z]_proj\)"
+    ):
+        get_kron_model(model, config())
