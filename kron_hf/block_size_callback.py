@@ -48,10 +48,13 @@ class BlockSizeCallback(StatefulCallback):
         data_collator: Makes batches of `eval_dataset`; None: as the training's.
         scope: "global" chooses one candidate for all layers, "layer" one for each.
         cost: What a candidate costs: "params", "flops", "latency" (measured), or None.
-        cost_weight: What that is worth, in units of the loss for the dense cost of all layers in "validation".
+        cost_weight: What that is worth; in "validation" the loss without a candidate that its cost, as a share of dense
+            layers', weighs against. Leaving one out of a model trained with it raises the loss by much more than
+            training without it would, so weights above 1 are usual.
         start: Start of the selection as a share of the training steps.
         end: Its end as a share of the training steps.
-        restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest.
+        restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest. A
+            winner that goes on is as good as one trained alone; one that begins again has fewer steps.
         seed: Of the winner's new factors.
 
     Attributes:
@@ -80,7 +83,7 @@ class BlockSizeCallback(StatefulCallback):
         cost_weight: float = 0.0,
         start: float = 0.1,
         end: float = 0.5,
-        restart: bool = True,
+        restart: bool = False,
         seed: int = 0,
     ) -> None:
         given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}

@@ -64,7 +64,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups_of(self.wrapped))
         # Each process evaluates its share; the mean over the processes counts. DDP's own forward would synchronise.
         self.selector = BlockSizeSelector(
-            self.wrapped, total_steps=STEPS, evaluate=self.held_out, mode=mode, scope=scope, start=0.0
+            self.wrapped, total_steps=STEPS, evaluate=self.held_out, mode=mode, scope=scope, start=0.0, restart=True
         )
 
     def held_out(self):
@@ -166,7 +166,7 @@ def resume(folder):
             ]
         )
         assert sum(len(group["params"]) for group in resumed.optimizer.param_groups) == len(living)
-        options = {"total_steps": STEPS, "evaluate": resumed.held_out, "start": 0.0}
+        options = {"total_steps": STEPS, "evaluate": resumed.held_out, "start": 0.0, "restart": True}
         resumed.selector = BlockSizeSelector(resumed.wrapped, **options)
         resumed.selector.load_state_dict(json.loads(text))
         resumed.optimizer.load_state_dict(saved[1])

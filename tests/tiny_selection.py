@@ -94,7 +94,7 @@ def vit(seed=0, config=None):
 
 def callback_of(mode="validation", **options):
     held_out = digits()[48:] if mode == "validation" else None
-    return BlockSizeCallback(mode, held_out, **{"eval_batches": 2, **options})
+    return BlockSizeCallback(mode, held_out, **{"eval_batches": 2, "restart": True, **options})
 
 
 def trainer(folder, model=None, callback=None, trainer_class=Trainer, eval_dataset=None, **options):

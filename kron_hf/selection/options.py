@@ -25,7 +25,7 @@ class SelectionOptions:
     cost_weight: float = 0.0
     start: float = 0.1
     end: float = 0.5
-    restart: bool = True
+    restart: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

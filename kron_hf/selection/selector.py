@@ -50,8 +50,10 @@ class BlockSizeSelector:
         scope: "global" chooses one candidate for all layers, "layer" one for each.
         cost: What a candidate costs beside the dense layer: "params" (S, A and B), "flops" (per token, forward) or
             "latency" (of a forward of 1,024 tokens, measured once on rank 0). None counts the loss alone.
-        cost_weight: Loss that the whole dense cost is worth ("validation"); or by how much a candidate that costs as
-            much as dense layers is penalised more, `w_k = sqrt(size_k) * (1 + cost_weight * cost_k)` ("penalty").
+        cost_weight: In "validation" the loss without a candidate that the whole dense cost is worth. Leaving one out of
+            a model trained with it costs more than training without it would, so weights above 1 are usual. In
+            "penalty" by how much a candidate that costs as much as dense layers is penalised more,
+            `w_k = sqrt(size_k) * (1 + cost_weight * cost_k)`.
         total_steps: Optimizer steps of the whole training.
         start: Start of the selection as a share of `total_steps`.
         end: Its end, when one candidate is left, as a share of `total_steps`.
@@ -93,7 +95,7 @@ class BlockSizeSelector:
         cost_weight: float = 0.0,
         start: float = 0.1,
         end: float = 0.5,
-        restart: bool = True,
+        restart: bool = False,
         seed: int = 0,
     ) -> None:
         given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}
