@@ -53,8 +53,8 @@ class BlockSizeCallback(StatefulCallback):
             training without it would, so weights above 1 are usual.
         start: Start of the selection as a share of the training steps.
         end: Its end as a share of the training steps.
-        restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest. A
-            winner that goes on is as good as one trained alone; one that begins again has fewer steps.
+        restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest.
+            None: after a penalty, which has shrunk it, but not in "validation", where going on is the better start.
         seed: Of the winner's new factors.
 
     Attributes:
@@ -83,7 +83,7 @@ class BlockSizeCallback(StatefulCallback):
         cost_weight: float = 0.0,
         start: float = 0.1,
         end: float = 0.5,
-        restart: bool = False,
+        restart: bool | None = None,
         seed: int = 0,
     ) -> None:
         given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}

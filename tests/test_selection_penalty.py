@@ -77,10 +77,10 @@ def test_a_step_multiplies_all_factors_of_a_candidate_by_hand():
     before = {name: value.detach().clone() for name, value in layer.named_parameters()}
     step_of(layer, 80)
     norms, weights, factors = {}, {}, {}
-    for key, size in (("2x2_rank1", 16 + 16 + 4), ("4x4_rank2", 4 + 8 + 32)):
+    for key in ("2x2_rank1", "4x4_rank2"):
         s, a, b = (before[f"candidates.{key}.{factor}"].double().norm() for factor in "sab")
         norms[key] = math.sqrt(3) * float(s * a * b) ** (1 / 3)
-        weights[key] = math.sqrt(size)
+        weights[key] = norms[key]  # at the start
     rate = growing_rate(80, 0, 100, max(norms[key] / weights[key] for key in norms))
     for key in norms:
         factors[key] = 1 - rate * weights[key] / norms[key]
@@ -107,19 +107,27 @@ def test_rescaling_s_against_a_changes_nothing_in_w():
 def test_cost_makes_the_weight_larger_by_its_share():
     model = KronCandidates(8, 8, [(2, 1), (4, 1)])
     selector = BlockSizeSelector(model, mode="penalty", cost="params", cost_weight=2.0, total_steps=10)
-    penalty = selector._method
     shares = {0: (16 + 16 + 4) / 64, 1: (4 + 4 + 16) / 64}
-    roots = {0: math.sqrt(16 + 16 + 4), 1: math.sqrt(4 + 4 + 16)}
-    assert penalty._weights(0) == pytest.approx({k: roots[k] * (1 + 2.0 * shares[k]) for k in (0, 1)})
+    (norms,) = selector._set.norms()
+    assert selector._method._weights(0) == pytest.approx({k: norms[k] * (1 + 2.0 * shares[k]) for k in (0, 1)})
+
+
+def test_candidates_begin_at_the_same_distance_from_zero():
+    """Whatever their sizes: those that nothing pulls back vanish together, but for one."""
+    model = KronCandidates(64, 64, [(2, 1), (8, 4), ((1, 64), 1)])
+    selector = BlockSizeSelector(model, mode="penalty", total_steps=100, start=0.0)
+    while not selector.done:
+        selector.step()
+    assert len({event["step"] for event in selector.result.events}) == 1
 
 
 def test_what_the_penalty_has_not_told_apart_goes_at_the_end():
     model = TwoLayers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with torch.no_grad():  # the largest for its size
+    selector = BlockSizeSelector(model, mode="penalty", total_steps=4, start=0.0, restart=False)
+    with torch.no_grad():  # the largest for what it was
         for layer in (model.fc1, model.fc2):
             layer.layer("4x4_rank1").b.mul_(8)
-    selector = BlockSizeSelector(model, mode="penalty", total_steps=4, start=0.0, restart=False)
     selector.attach(optimizer)
     optimizer.step()
     with pytest.warns(UserWarning, match="left [23] candidates at the selection's end, step 2"):

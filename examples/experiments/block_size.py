@@ -47,7 +47,6 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "validation": {"mode": "validation"},
     "penalty": {"mode": "penalty"},
     "validation, restart": {"mode": "validation", "restart": True},
-    "penalty, restart": {"mode": "penalty", "restart": True},
     "validation, cost": {"mode": "validation", "cost": "params", "cost_weight": REMOVAL_COST_WEIGHT},
 }
 PLANTED_MODES = ("validation", "penalty")

@@ -1,6 +1,5 @@
 """`CandidateSet`: all candidates of a model, by choice and position; their sizes, costs and norms, and who is left."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 from kron_hf.factors import block_norms
 from kron_hf.layers import KronLinear
 from kron_hf.selection.candidates import KronCandidates, candidate_key
-from kron_hf.selection.costs import Costs, size_of
+from kron_hf.selection.costs import Costs
 from kron_hf.selection.groups import candidate_layers, choices_of, label_of, without
 from kron_hf.selection.norms import balanced_norm, scale_, squared_norms
 from kron_hf.selection.restart import forget
@@ -143,13 +142,6 @@ class CandidateSet:
             {k: balanced_norm(by_candidate[choice, k]) for k in self.alive(choice)}
             for choice in range(len(self.choices))
         ]
-
-    def root_sizes(self, choice: int) -> dict[int, float]:
-        """Square root of the number of entries of S, A and B of the candidates left in a choice."""
-        return {
-            k: math.sqrt(sum(size_of(self.layers[i].layer(self.keys[i][k])) for i in self.choices[choice]))
-            for k in self.alive(choice)
-        }
 
     def cost(self, choice: int, k: int, *, of_all: bool) -> float:
         """Cost of a candidate as a share of the dense cost, of its own layers or of all; 0 if no cost counts."""

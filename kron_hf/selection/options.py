@@ -25,7 +25,7 @@ class SelectionOptions:
     cost_weight: float = 0.0
     start: float = 0.1
     end: float = 0.5
-    restart: bool = False
+    restart: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,10 +48,15 @@ class SelectionOptions:
                 raise ValueError(f"{name} must be a share of the training steps in [0, 1], got {value!r}")
         if self.start >= self.end:
             raise ValueError(f"start must be before end, got start={self.start!r}, end={self.end!r}")
-        if not isinstance(self.restart, bool):
-            raise ValueError(f"restart must be a bool, got {self.restart!r}")
+        if not isinstance(self.restart, bool | None):
+            raise ValueError(f"restart must be a bool or None, got {self.restart!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an int in [0, 2**32), got {self.seed!r}")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the winner begins again; None is: after a penalty, which has shrunk it."""
+        return self.mode == "penalty" if self.restart is None else self.restart
 
     def span(self, total_steps: int, drops: int) -> tuple[int, int]:
         """The steps at which the selection starts and ends.

@@ -2,9 +2,11 @@ r"""The paper's group penalty: it shrinks every candidate's whole factor set unt
 
 After each optimizer step, with theta_k all of S, A and B of candidate k,
 
-    theta_k <- max(1 - rate * w_k / ||theta_k||, 0) * theta_k,    w_k = sqrt(size_k) * (1 + cost_weight * cost_k),
+    theta_k <- max(1 - rate * w_k / ||theta_k||, 0) * theta_k,    w_k = ||theta_k^0|| * (1 + cost_weight * cost_k),
 
 the proximal map of `rate * sum_k w_k ||theta_k||`; `rate` is the paper's step size times its lambda, and grows.
+||theta_k^0|| is the norm at the start: the usual sqrt(size_k) times the root mean square of the entries, so that every
+candidate begins at the same distance from zero, whatever its size and scale.
 
 The scale of S, A and B against each other is arbitrary: S / c, c * A is the same weight with another ||theta||. So the
 norm is taken in the balanced scaling, where it is smallest (the three Frobenius norms of a layer are then equal),
@@ -74,6 +76,7 @@ class Penalty:
     def __init__(self, candidates: CandidateSet, cost_weight: float, start_step: int, end_step: int) -> None:
         self._set, self._cost_weight = candidates, cost_weight
         self._start_step, self._end_step = start_step, end_step
+        self._units = [dict(own) for own in candidates.norms()]  # ||theta_k^0|| in each choice
         self._references: list[float] = []  # of each choice
 
     def advance(self, step: int, drop: Callable[[int, int, dict[int, float]], None]) -> None:
@@ -96,11 +99,12 @@ class Penalty:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"references": self._references}
+        return {"references": self._references, "units": [[list(each) for each in own.items()] for own in self._units]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        self._references = list(state.get("references", []))
+        self._references = list(state["references"])
+        self._units = [{int(k): float(norm) for k, norm in own} for own in state["units"]]
 
     def _drop_the_rest(self, drop: Callable[[int, int, dict[int, float]], None]) -> None:
         warnings.warn(
@@ -116,6 +120,6 @@ class Penalty:
     def _weights(self, choice: int) -> dict[int, float]:
         """w_k. The cost is a share of these layers' own, since the weight only compares their candidates."""
         return {
-            k: root * (1 + self._cost_weight * self._set.cost(choice, k, of_all=False))
-            for k, root in self._set.root_sizes(choice).items()
+            k: self._units[choice][k] * (1 + self._cost_weight * self._set.cost(choice, k, of_all=False))
+            for k in self._set.alive(choice)
         }

@@ -53,13 +53,13 @@ class BlockSizeSelector:
         cost_weight: In "validation" the loss without a candidate that the whole dense cost is worth. Leaving one out of
             a model trained with it costs more than training without it would, so weights above 1 are usual. In
             "penalty" by how much a candidate that costs as much as dense layers is penalised more,
-            `w_k = sqrt(size_k) * (1 + cost_weight * cost_k)`.
+            `w_k = ||theta_k^0|| * (1 + cost_weight * cost_k)`.
         total_steps: Optimizer steps of the whole training.
         start: Start of the selection as a share of `total_steps`.
         end: Its end, when one candidate is left, as a share of `total_steps`.
         evaluate: Gives the held-out loss of the model as it is; called in eval mode without gradients. In a
             distributed training the mean over the processes counts.
-        restart: Whether the winner begins again.
+        restart: Whether the winner begins again. None: after a penalty, which has shrunk it, but not otherwise.
         seed: Of the winner's new factors.
 
     Raises:
@@ -95,7 +95,7 @@ class BlockSizeSelector:
         cost_weight: float = 0.0,
         start: float = 0.1,
         end: float = 0.5,
-        restart: bool = False,
+        restart: bool | None = None,
         seed: int = 0,
     ) -> None:
         given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}
@@ -172,7 +172,7 @@ class BlockSizeSelector:
                 "BlockSizeSelector: either attach one optimizer or call step() after each step, never both"
             )
         optimizer = raw_optimizer(optimizer)
-        if lr_scheduler is not None and self.options.restart:
+        if lr_scheduler is not None and self.options.restarts:
             self._scheduler = schedule_of(lr_scheduler)
             if self._restarted_at is not None:
                 self._run_schedule_again()
@@ -265,7 +265,7 @@ class BlockSizeSelector:
         self._method.advance(self._step_count, lambda choice, k, losses: self._drop(choice, k, losses, optimizer))
         if self.done:
             self._take_down_norms(always=True)
-            if self.options.restart:
+            if self.options.restarts:
                 self._restart(optimizer)
 
     def _drop(self, choice: int, k: int, losses: dict[int, float], optimizer: Optimizer | None) -> None:

@@ -42,10 +42,19 @@ def _is_costs(value: Any) -> bool:
 
 
 def _is_method(value: Any) -> bool:
-    return isinstance(value, Mapping) and (
-        (value.keys() == {"drops"} and _is_count(value["drops"]) and value["drops"] > 0)
-        or (value.keys() == {"references"} and _is_list(value["references"], _is_number))
+    if not isinstance(value, Mapping):
+        return False
+    if value.keys() == {"drops"}:  # of Validation
+        return _is_count(value["drops"]) and value["drops"] > 0
+    return (
+        value.keys() == {"references", "units"}  # of Penalty
+        and _is_list(value["references"], _is_number)
+        and _is_list(value["units"], lambda own: _is_list(own, _is_unit))
     )
+
+
+def _is_unit(value: Any) -> bool:
+    return _is_list(value, _is_number) and len(value) == 2 and _is_count(value[0])
 
 
 def _is_event(value: Any) -> bool:

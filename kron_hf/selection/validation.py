@@ -69,7 +69,7 @@ class Validation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        self._drops = int(state.get("drops", self._drops))
+        self._drops = state["drops"]
 
     def _losses_without(self, at: list[tuple[int, int]]) -> list[float]:
         modes = [(module, module.training) for module in self._model.modules()]
