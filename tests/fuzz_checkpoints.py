@@ -223,9 +223,13 @@ def config_map_entry(files: Files, rng: random.Random) -> str:
         modules = entry["modules"]
         name = rng.choice(sorted(modules))
         other = rng.choice([*HOSTILE_NAMES, "vit", "vit.layernorm", "classifier", "vit.layers.0.mlp"])
+        listed = modules[name].get("candidates", [modules[name]])
+        size = rng.choice(listed)
         edits: dict[str, Callable[[], Any]] = {
-            "size": lambda: modules[name].update(block_size=[rng.choice([1, 2, 3, 8, 16, 2**40, 10**30]), 8]),
-            "rank": lambda: modules[name].update(rank=rng.choice([2, 33, 2**62, 10**30])),
+            "candidates": lambda: modules.update({name: {"candidates": listed * rng.choice([0, 1, 2, 1000])}}),
+            "another candidate": lambda: listed.append({"block_size": [rng.choice([2, 5, 2**40]), 8], "rank": 1}),
+            "size": lambda: size.update(block_size=[rng.choice([1, 2, 3, 8, 16, 2**40, 10**30]), 8]),
+            "rank": lambda: size.update(rank=rng.choice([2, 33, 2**62, 10**30])),
             "rename": lambda: modules.update({other: modules.pop(name)}),
             "add": lambda: modules.update({other: {"block_size": [1, 1], "rank": 1}}),
             "many": lambda: modules.update({f"{other:.50}{i}": modules[name] for i in range(5000)}),

@@ -1,6 +1,6 @@
 """Loads mutated checkpoints, one seed after the other, in a process with little memory.
 
-`fuzz_worker.py checkpoint FIRST COUNT`, or `adapter` instead of `checkpoint`.
+`fuzz_worker.py checkpoint FIRST COUNT`, or `selection` (a checkpoint in the middle of one) or `adapter`.
 
 Prints a line of JSON for each input. Findings, that is what should never happen, are in "bad".
 """
@@ -51,10 +51,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def saved(folder: Path, **options: Any) -> dict[str, bytes]:
+def saved(folder: Path, sizes: dict[str, Any], **options: Any) -> dict[str, bytes]:
     from kron_hf import KronConfig, get_kron_model
 
-    get_kron_model(dense_model(), KronConfig(block_size=(4, 8), rank=1)).save_pretrained(folder, **options)
+    get_kron_model(dense_model(), KronConfig(**sizes, rank=1)).save_pretrained(folder, **options)
     return contents(folder)
 
 
@@ -94,7 +94,8 @@ def wrong_factors(model: Any, folder: Path) -> list[str]:
             expected = stored[f"{source}.{key}"].to(value.dtype)
             if value.is_meta or not torch.allclose(value, expected, rtol=0, atol=0, equal_nan=True):
                 wrong.append(f"{name}.{key}")
-    mapped = len(json.loads((folder / "config.json").read_text())["quantization_config"]["modules"])
+    entries = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"].values()
+    mapped = sum(len(entry.get("candidates", [entry])) for entry in entries)
     return wrong if len(layers) == mapped else [*wrong, f"{len(layers)} layers for {mapped} in the map"]
 
 
@@ -253,7 +254,7 @@ def doors_for(mutation: Any, seed: int) -> list[Door]:
 
 
 def fuzz(what: str, first: int, count: int) -> None:
-    """Runs the seeds from `first` on over checkpoints or adapters."""
+    """Runs the seeds from `first` on over checkpoints, of a finished model or in selection, or adapters."""
     import warnings
 
     import torch
@@ -271,8 +272,9 @@ def fuzz(what: str, first: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # A cache of a stranger's code must not be written outside.
         os.environ["HF_MODULES_CACHE"] = f"{scratch}/modules"
-        whole = saved(Path(scratch, "whole"))
-        sharded = saved(Path(scratch, "sharded"), max_shard_size="3KB")
+        sizes = {"candidate_block_sizes": [(4, 8), 4]} if what == "selection" else {"block_size": (4, 8)}
+        whole = saved(Path(scratch, "whole"), sizes)
+        sharded = saved(Path(scratch, "sharded"), sizes, max_shard_size="3KB")
         adapter = saved_adapter(Path(scratch, "adapter"))
         (Path(scratch) / "outside.safetensors").write_bytes(whole["model.safetensors"])
         dense_model()

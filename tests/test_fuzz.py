@@ -1,6 +1,7 @@
 """Thousands of damaged and malicious checkpoints: each loads as it is, or is refused with a clean error.
 
-`cd tests && python fuzz_worker.py checkpoint SEED 1` repeats the input of one seed.
+`cd tests && python fuzz_worker.py checkpoint SEED 1` repeats the input of one seed; `selection` in the place of
+`checkpoint` is one saved while block sizes are being selected.
 """
 
 import json
@@ -56,7 +57,7 @@ def check(door: str, first: int, count: int, figures: Callable[[str], None]) -> 
     assert not unprintable
     assert max(result["grown_mb"] for result in results) < GROWTH_MB
     kinds = Counter(result["kind"] for result in results)
-    assert kinds.keys() == (KINDS if door == "checkpoint" else ADAPTER_KINDS).keys()
+    assert kinds.keys() == (ADAPTER_KINDS if door == "adapter" else KINDS).keys()
     ways = {key: Counter(result[key] for result in results if key in result) for key in WAYS}
     outcomes = [f"{way} {dict(counts)}" for way, counts in ways.items() if counts]
     peak, grown = (max(result[key] for result in results) for key in ("peak_mb", "grown_mb"))
@@ -66,8 +67,8 @@ def check(door: str, first: int, count: int, figures: Callable[[str], None]) -> 
     return ways
 
 
-def check_checkpoints(first: int, count: int, figures: Callable[[str], None]) -> None:
-    ways = check("checkpoint", first, count, figures)
+def check_checkpoints(first: int, count: int, figures: Callable[[str], None], door: str = "checkpoint") -> None:
+    ways = check(door, first, count, figures)
     plain, summary = ways["by_from_pretrained"], ways["by_summary"]
     assert min(plain["loaded"], plain["refused ValueError"], summary["loaded"], summary["refused"]) > count // 40
 
@@ -81,6 +82,10 @@ def test_damaged_checkpoints(figures):
     check_checkpoints(0, 240, figures)
 
 
+def test_damaged_checkpoints_in_selection(figures):
+    check_checkpoints(0, 76, figures, "selection")
+
+
 def test_damaged_adapters(figures):
     check_adapters(0, 60, figures)
 
@@ -88,6 +93,11 @@ def test_damaged_adapters(figures):
 @pytest.mark.slow
 def test_thousands_of_damaged_checkpoints(figures):
     check_checkpoints(10_000, 7000, figures)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_checkpoints_in_selection(figures):
+    check_checkpoints(10_000, 2000, figures, "selection")
 
 
 @pytest.mark.slow
