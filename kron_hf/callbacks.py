@@ -11,10 +11,35 @@ from transformers.trainer_callback import ExportableState
 from kron_hf.sparsity import Sparsifier, SparsityOptions
 from kron_hf.sparsity.pruning import model_sparsity
 
-__all__ = ["SparsityCallback"]
+__all__ = ["SparsityCallback", "StatefulCallback"]
 
 
-class SparsityCallback(TrainerCallback, ExportableState):
+class StatefulCallback(TrainerCallback, ExportableState):
+    """A callback whose `state` Trainer keeps in trainer_state.json, and that continues from it by itself.
+
+    Trainer sets attributes only under `restore_callback_states_from_checkpoint`; the file's copy is there either way.
+    """
+
+    def saved_attributes(self, state: TrainerState) -> dict[str, Any]:
+        """The "attributes" of this callback in the checkpoint that the training was resumed from; {} without one.
+
+        Raises:
+            ValueError: The file has states of two such callbacks, or a malformed one.
+        """
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        if isinstance(saved, list):
+            raise ValueError(f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s; use one")
+        attributes = saved.get("attributes") if isinstance(saved, dict) else None
+        if saved is not None and not isinstance(attributes, dict):
+            raise ValueError(f"trainer_state.json: the state of {type(self).__name__} is malformed")
+        return attributes or {}
+
+    def register(self, state: TrainerState) -> None:
+        """Trainer fails to save when it resumed from a checkpoint of a run without this callback; call it then."""
+        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+
+
+class SparsityCallback(StatefulCallback):
     """Trains the Kronecker layers to block sparsity under the stock `Trainer`; see `Sparsifier`.
 
     The schedule counts the optimizer steps of the whole training. Logs get a `sparsity`: the share of entries in zero
@@ -87,9 +112,10 @@ class SparsityCallback(TrainerCallback, ExportableState):
             self.sparsifier.detach()  # a training that did not reach its end
         self.sparsifier = Sparsifier(kwargs["model"], total_steps=state.max_steps, **asdict(self.options))
         if state.global_step > 0:
-            self.sparsifier.load_state_dict(self._saved_state(state) or self._begun_without(self.sparsifier, state))
-        # Trainer fails to save when it resumed from a checkpoint of a run without this callback.
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+            self.sparsifier.load_state_dict(
+                self.saved_attributes(state).get("sparsifier_state") or self._begun_without(self.sparsifier, state)
+            )
+        self.register(state)
         self.sparsifier.attach(kwargs["optimizer"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -119,15 +145,6 @@ class SparsityCallback(TrainerCallback, ExportableState):
                 "so that only later ones are compared",
                 stacklevel=2,
             )
-
-    def _saved_state(self, state: TrainerState) -> dict[str, Any] | None:
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
-        if isinstance(saved, list):
-            raise ValueError(f"the checkpoint holds the states of {len(saved)} {type(self).__name__}s; use one")
-        attributes = saved.get("attributes") if isinstance(saved, dict) else None
-        if saved is not None and not isinstance(attributes, dict):
-            raise ValueError(f"trainer_state.json: the state of {type(self).__name__} is malformed")
-        return attributes and attributes.get("sparsifier_state")
 
     @staticmethod
     def _begun_without(sparsifier: Sparsifier, state: TrainerState) -> dict[str, Any]:

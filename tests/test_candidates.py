@@ -14,6 +14,7 @@ from kron_hf import KronLinear
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.selection import KronCandidates, candidates
 from kron_hf.selection.candidates import candidate_key, candidate_name, converted_layers
+from kron_hf.selection.restart import forget
 
 # (in, out, candidates)
 SHAPES = {
@@ -213,10 +214,9 @@ def test_among_several_processes_dropping_gates(monkeypatch):
     monkeypatch.setattr(candidates, "_is_alone", lambda: False)
     layer = layer_of()
     layer.drop("2x2_rank1")
-    layer.drop("4x4_rank2", free=True)
     assert sizes(layer)["candidates.2x2_rank1.s"] == 32
     layer(input_for(layer)).sum().backward()
-    # A reducer waits for a gradient of each parameter, empty ones among them.
+    # A reducer waits for a gradient of each parameter.
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
@@ -530,7 +530,7 @@ def test_gradient_checkpointing(free):
     torch.testing.assert_close(actual, expected)
 
 
-def test_parameter_groups_keep_their_size_over_a_drop():
+def test_parameter_groups_made_after_a_drop_are_those_of_the_candidates_left():
     model = nn.Sequential(layer_of(), nn.Linear(8, 2))
     groups = kron_param_groups(model, 0.1, weight_decay=0.05)
     by_id = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
@@ -538,9 +538,14 @@ def test_parameter_groups_keep_their_size_over_a_drop():
         role = name.rpartition(".")[2]
         expected = {"s": (0.1, 0.0), "bias": (0.1, 0.0), "weight": (0.1, 0.05)}.get(role, (0.4, 0.05))
         assert by_id[id(parameter)] == expected, name
-    counts = [len(group["params"]) for group in groups]
+    state = copy.deepcopy(model.state_dict())
     model[0].drop("2x2_rank1")
-    assert [len(group["params"]) for group in kron_param_groups(model, 0.1, weight_decay=0.05)] == counts
+    left = [parameter for name, parameter in model.named_parameters() if "2x2_rank1" not in name]
+    after = kron_param_groups(model, 0.1, weight_decay=0.05)
+    assert {id(parameter) for group in after for parameter in group["params"]} == {id(parameter) for parameter in left}
+    model.load_state_dict(state)
+    again = kron_param_groups(model, 0.1, weight_decay=0.05)
+    assert [len(group["params"]) for group in again] == [len(group["params"]) for group in groups]
 
 
 def test_training_and_the_optimizers_state_go_on_over_a_drop_and_a_restart():
@@ -561,8 +566,7 @@ def test_training_and_the_optimizers_state_go_on_over_a_drop_and_a_restart():
     optimizer = optimizer_of(model)
     steps(model, optimizer, range(3))
     model[0].drop("4x4_rank2")
-    for factor in model[0].layer("4x4_rank2").parameters():
-        del optimizer.state[factor]
+    forget(optimizer, list(model[0].layer("4x4_rank2").parameters()), leave=True)
     steps(model, optimizer, range(3, 6))
     assert not any(factor in optimizer.state for factor in model[0].layer("4x4_rank2").parameters())
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})

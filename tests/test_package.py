@@ -22,7 +22,7 @@ ORDER = [
     {"config", "layers"},
     {"sparsity", "selection", "checkpoint", "targets"},
     {"param_groups", "surgery"},
-    {"baselines", "callbacks", "model", "summary"},
+    {"baselines", "callbacks", "block_size_callback", "held_out_loss", "model", "summary"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"demo", "train"},

@@ -32,8 +32,8 @@ class KronCandidates(nn.Module):
     one is left, which `chosen()` gives back as a plain `KronLinear`.
 
     A dropped candidate takes no part in the forward and is left out of the state dict. In one process it is freed: its
-    parameters hold no entries any more; they stay parameters, so that an optimizer keeps its groups. Under DDP and
-    FSDP2, which know the parameters' shapes, they become zero and get gradients of zero.
+    parameters hold no entries any more and need no gradient, so that an optimizer made later has the groups of a model
+    without it. Under DDP and FSDP2, which know the parameters' shapes, they become zero and get gradients of zero.
 
     A state dict says which candidates live: those without tensors in it are dropped, dropped ones come back. That of
     a plain `KronLinear`, which the layer was once before, leaves the candidate with its shapes.
@@ -196,12 +196,15 @@ class KronCandidates(nn.Module):
             factor.grad = None
             if free or (free is None and _is_alone() and not is_sharded(factor)):
                 _resize(factor, (0,))
+                factor.requires_grad_(False)  # so that an optimizer made later leaves it out
             else:
                 local(factor).zero_()
 
     def restore(self, key: str) -> None:
         """Takes a dropped candidate back, its factors yet to be filled; nothing happens to one that lives."""
-        self._dropped.discard(key)
+        if key in self._dropped:
+            self._dropped.remove(key)
+            self.layer(key).requires_grad_(True)
         for name, factor in self.layer(key).named_parameters():
             if factor.shape != (shape := _factor_shapes(self.layer(key))[name]):
                 _resize(factor, shape)
@@ -251,6 +254,7 @@ class KronCandidates(nn.Module):
         for key in self.alive if stored else []:
             if key not in stored:
                 self.drop(key)
+                self.layer(key).requires_grad_(False)  # DDP, which wraps models after loading, then ignores it
         for key in self._dropped:  # torch would miss their tensors
             state_dict.update(self.layer(key).state_dict(prefix=f"{prefix}{CANDIDATES}.{key}."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
