@@ -19,7 +19,7 @@ from kron_hf.held_out_loss import HeldOutLoss, used_columns
 from kron_hf.selection import BlockSizeSelector, SelectionOptions, SelectionResult, replace_by_chosen
 from kron_hf.selection.groups import candidate_layers
 from kron_hf.selection.restart import continue_schedule
-from kron_hf.sharding import is_sharded
+from kron_hf.sharding import is_sharded, reshard
 
 __all__ = ["BlockSizeCallback"]
 
@@ -206,6 +206,7 @@ class BlockSizeCallback(StatefulCallback):
     @staticmethod
     def _replace(model: nn.Module) -> None:
         # FSDP2 gathers the parameters of the modules that it was given.
+        reshard(model)  # after an evaluation it may hold whole ones
         if candidate_layers(model) and not any(map(is_sharded, model.parameters())):
             replace_by_chosen(model)
             attach_kron_config(model)

@@ -19,7 +19,7 @@ from two_processes import main
 
 from kron_hf import KronLinear
 from kron_hf.selection import BlockSizeSelector, KronCandidates, replace_by_chosen
-from kron_hf.sharding import gather, local
+from kron_hf.sharding import gather, is_sharded, local
 
 STEPS = 20  # drops after 6 and 10 steps in validation mode
 GLOBAL_BATCH = 8
@@ -42,7 +42,7 @@ def wrapped(model, way):
     if way == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (model.inner.fc1, model.inner.fc2):
+    for layer in (model.inner.fc1, model.inner.fc2) if way == "fsdp2" else ():
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -73,7 +73,7 @@ class Run:
 
     def steps(self, numbers):
         for step in numbers:
-            self.optimizer.zero_grad()
+            self.wrapped.zero_grad()  # the model's, as Trainer calls it: its parameters must be the optimizer's
             self.wrapped(*part(step, self.way)).backward()
             self.optimizer.step()
         return self
@@ -137,6 +137,20 @@ def ddp(folder):
 
 def fsdp2(folder):
     return equality("fsdp2")
+
+
+def fsdp2_as_one_group(folder):
+    """All layers belong to the root, which holds whole parameters after an evaluation."""
+    return equality("fsdp2 as one group")
+
+
+def norms_beside_whole_parameters(folder):
+    """A layer that is not sharded, or not at the moment, counts once."""
+    run, alone = started("fsdp2", "validation"), started("alone", "validation")
+    run.model.inner.fc1.unshard()
+    assert not is_sharded(run.model.inner.fc1.layer("2x2_rank1").s)
+    assert is_sharded(run.model.inner.fc2.layer("2x2_rank1").s)
+    torch.testing.assert_close(run.selector.norms(), alone.selector.norms())
 
 
 def chosen_after_ddp(folder):
@@ -247,7 +261,16 @@ def trainer_fsdp2(folder):
     return {name: float(gather([value])[0].sum()) for name, value in list(run.model.state_dict().items())[:1]}
 
 
-CHECKS = ["ddp", "chosen_after_ddp", "resume", "trainer_ddp", "fsdp2", "trainer_fsdp2"]
+CHECKS = [
+    "ddp",
+    "fsdp2",
+    "fsdp2_as_one_group",
+    "norms_beside_whole_parameters",
+    "chosen_after_ddp",
+    "resume",
+    "trainer_ddp",
+    "trainer_fsdp2",
+]
 
 if __name__ == "__main__":
     main(globals())

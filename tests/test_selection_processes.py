@@ -49,7 +49,7 @@ def test_two_processes_choose_what_one_does(two, alone, check):
     assert {name: value.shape for name, value in model.state_dict().items()} == {
         name: value.shape for name, value in expected.items()
     }
-    for name, value in model.state_dict().items() if check == "trainer_ddp" else ():
+    for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
