@@ -41,7 +41,8 @@ class BlockSizeCallback(StatefulCallback):
     Args:
         mode: "validation" drops, one at a time, the candidate whose removal raises held-out loss least; "penalty", the
             paper's, shrinks the candidates until one is left.
-        eval_dataset: Held-out data for "validation". Neither the training nor the test set: it decides.
+        eval_dataset: Held-out data for "validation", with `len` and integer indices. Neither the training nor
+            the test set: it decides.
         eval_batches: How many batches of `args.per_device_eval_batch_size` rows, evenly over `eval_dataset`, an
             evaluation takes. Each drop costs one evaluation for each candidate left, with `scope="layer"` one for each
             in each layer.
@@ -93,6 +94,11 @@ class BlockSizeCallback(StatefulCallback):
                 "BlockSizeCallback(mode='validation') compares candidates by held-out loss: pass eval_dataset=, a part "
                 "of the data that is neither trained nor tested on, or mode='penalty'. (Checkpoints do not hold it: "
                 "pass the callback anew, without restore_callback_states_from_checkpoint; it continues by itself)"
+            )
+        if eval_dataset is not None and not (hasattr(eval_dataset, "__len__") and hasattr(eval_dataset, "__getitem__")):
+            raise ValueError(
+                "BlockSizeCallback takes rows evenly over eval_dataset, by their numbers: it must have len and integer "
+                f"indices, got a {type(eval_dataset).__name__}"
             )
         if type(eval_batches) is not int or eval_batches < 1:
             raise ValueError(f"eval_batches must be a positive int, got {eval_batches!r}")

@@ -123,8 +123,6 @@ class Sparsifier:
             group_penalty=group_penalty,
             groups=groups,
         )
-        self.total_steps = total_steps
-        self.start_step, self.end_step = self.options.ramp(total_steps)
         self._model = model
         layers = kron_layers(model)
         if not layers:
@@ -135,6 +133,8 @@ class Sparsifier:
                 "get_kron_model(model, callback.config), a model of the chosen size, to a sparsity"
             )
         _check_whole(layers)
+        self.total_steps = total_steps
+        self.start_step, self.end_step = self.options.ramp(total_steps)
         self._initial_dead = [None if layer.dead_blocks is None else layer.dead_blocks.clone() for layer in layers]
         self._method: _Method = (
             TargetRamp(self.options, self.start_step, self.end_step, layers, self._initial_dead)
