@@ -52,6 +52,8 @@ class BlockSizeCallback(StatefulCallback):
         cost_weight: What that is worth; in "validation" the loss without a candidate that its cost, as a share of dense
             layers', weighs against. Leaving one out of a model trained with it raises the loss by much more than
             training without it would, so weights above 1 are usual.
+        penalty_weights: In "penalty" what candidates are weighted by: "norm", their norm at the start, or "size", the
+            paper's square root of their number of entries.
         start: Start of the selection as a share of the training steps.
         end: Its end as a share of the training steps.
         restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest.
@@ -82,13 +84,23 @@ class BlockSizeCallback(StatefulCallback):
         scope: str = "global",
         cost: str | None = None,
         cost_weight: float = 0.0,
+        penalty_weights: str = "norm",
         start: float = 0.1,
         end: float = 0.5,
         restart: bool | None = None,
         seed: int = 0,
     ) -> None:
-        given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}
-        self.options = SelectionOptions(**given, start=start, end=end, restart=restart, seed=seed)
+        self.options = SelectionOptions(
+            mode=mode,
+            scope=scope,
+            cost=cost,
+            cost_weight=cost_weight,
+            penalty_weights=penalty_weights,
+            start=start,
+            end=end,
+            restart=restart,
+            seed=seed,
+        )
         if mode == "validation" and eval_dataset is None:
             raise ValueError(
                 "BlockSizeCallback(mode='validation') compares candidates by held-out loss: pass eval_dataset=, a part "

@@ -242,8 +242,9 @@ def test_a_budget_too_short_raises_before_the_training(tmp_path):
         ({"eval_dataset": iter([1])}, "must have len and integer indices, got a list_iterator"),
         ({"eval_dataset": [1], "eval_batches": 0}, "eval_batches must be a positive int, got 0"),
         ({"mode": "penalty", "end": 2}, "end must be a share"),
+        ({"mode": "penalty", "penalty_weights": 2}, "penalty_weights must be one of"),
     ],
-    ids=["no evaluation set", "a stream", "eval_batches", "options"],
+    ids=["no evaluation set", "a stream", "eval_batches", "options", "penalty_weights"],
 )
 def test_bad_options_raise_at_once(options, message):
     with pytest.raises(ValueError, match=message):
