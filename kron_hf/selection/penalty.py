@@ -8,7 +8,9 @@ the proximal map of `rate * sum_k w_k ||theta_k||`; `rate` is the paper's step s
 `penalty_weights="norm"` u_k is ||theta_k^0||, the norm at the start: sqrt(size_k) times the root mean square of the
 entries, so that every candidate begins at the same distance from zero, whatever its size and scale. With "size" it is
 the paper's sqrt(size_k), size_k being the entries of S, A and B: candidates whose entries are larger at the start,
-with the usual initialisation those of larger blocks, are then further from zero.
+with the usual initialisation those of larger blocks, are then further from zero and stay longer. (In
+examples/experiments/block_size.py "norm" finds the block size of 15 of 15 planted teachers, "size" of 14; on
+Fashion-MNIST, where the layers trained alone are best at 4 x 4, "norm" chooses that and "size" 16 x 16.)
 
 The scale of S, A and B against each other is arbitrary: S / c, c * A is the same weight with another ||theta||. So the
 norm is taken in the balanced scaling, where it is smallest (the three Frobenius norms of a layer are then equal),
