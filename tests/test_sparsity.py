@@ -302,7 +302,7 @@ def test_detach_stops_counting():
 
 
 def test_attach_needs_an_optimizer():
-    with pytest.raises(TypeError, match=r"needs a torch\.optim\.Optimizer, got Linear"):
+    with pytest.raises(TypeError, match=r"a torch\.optim\.Optimizer is required to attach to, got a Linear"):
         Sparsifier(TinyKron(), target_sparsity=0.5, total_steps=STEPS).attach(nn.Linear(1, 1))
 
 

@@ -1,17 +1,17 @@
 """Callbacks that wire the baselines into the stock `Trainer`."""
 
 import warnings
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from accelerate.utils import extract_model_from_parallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kron_hf.baselines.group_lasso import ElasticGroupLasso, GroupLasso
 from kron_hf.baselines.magnitude import GradualPruning, IterativePruning
 from kron_hf.baselines.pruner import BlockPruner
 from kron_hf.baselines.rigl import BlockRigL
 from kron_hf.baselines.targets import block_layers
+from kron_hf.callbacks import StatefulCallback
 from kron_hf.config import BlockSize, KronConfig
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-class BlockPruningCallback(TrainerCallback, ExportableState):
+class BlockPruningCallback(StatefulCallback):
     """Prunes the blocks of a dense model under the stock `Trainer`: the base of the baselines' callbacks.
 
     Use one of its subclasses; they take the options of the algorithm that they wire. The schedule counts the optimizer
@@ -97,8 +97,7 @@ class BlockPruningCallback(TrainerCallback, ExportableState):
         self.pruner = self.algorithm(layers, total_steps=state.max_steps, **self.options)
         if state.global_step > 0:
             self.pruner.load_state_dict(self._saved_state(state))
-        # Trainer fails to save when it resumed from a checkpoint of a run without this callback.
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        self.register(state)
         self.pruner.attach(kwargs["optimizer"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -132,17 +131,12 @@ class BlockPruningCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: There is none, or more than one, or it is malformed.
         """
-        name = type(self).__name__
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(name)
-        if isinstance(saved, list):
-            raise ValueError(f"the checkpoint holds the states of {len(saved)} {name}s; use one")
-        attributes = saved.get("attributes") if isinstance(saved, dict) else None
-        found = attributes.get("pruner_state") if isinstance(attributes, dict) else None
-        if saved is None:
+        name, attributes = type(self).__name__, self.saved_attributes(state)
+        if not attributes:
             raise ValueError(f"the checkpoint is of a training without {name}; begin a new training from its weights")
-        if not isinstance(found, dict):
+        if not isinstance(attributes.get("pruner_state"), dict):
             raise ValueError(f"trainer_state.json: the state of {name} is malformed")
-        return found
+        return attributes["pruner_state"]
 
 
 class GroupLassoCallback(BlockPruningCallback):

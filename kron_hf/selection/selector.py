@@ -19,7 +19,7 @@ from kron_hf.selection.restart import forget, redraw, remaining_share, run_sched
 from kron_hf.selection.result import SelectionResult
 from kron_hf.selection.selector_state import checked_state
 from kron_hf.selection.validation import Validation
-from kron_hf.sparsity.optimizer_state import raw_optimizer
+from kron_hf.sparsity.optimizer_state import overflowed, raw_optimizer
 
 __all__ = ["BlockSizeSelector"]
 
@@ -262,8 +262,7 @@ class BlockSizeSelector:
             self._run_schedule_again()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers, which skip an overflow themselves
-        if found_inf is None or not bool(found_inf):
+        if not overflowed(optimizer):
             self._advance(optimizer)
 
     @torch.no_grad()
