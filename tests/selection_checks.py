@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageClassification, Trainer
 from two_processes import main
 
-from kron_hf import KronLinear
+from kron_hf import BlockSizeCallback, KronLinear
 from kron_hf.selection import BlockSizeSelector, KronCandidates, replace_by_chosen
 from kron_hf.sharding import is_sharded, local
 
@@ -144,7 +144,15 @@ def fsdp2(folder):
 
 def fsdp2_as_one_group(folder):
     """All layers belong to the root, which holds whole parameters after an evaluation."""
-    return equality("fsdp2 as one group")
+    chosen = equality("fsdp2 as one group")
+    run = started("fsdp2 as one group", "validation").steps(range(STEPS))
+    with torch.no_grad():
+        run.held_out()
+    assert not any(map(is_sharded, run.wrapped.parameters()))
+    BlockSizeCallback._replace(run.wrapped)  # when the training ends with an evaluation
+    assert isinstance(run.model.inner.fc1, KronCandidates)
+    assert all(map(is_sharded, run.wrapped.parameters()))
+    return chosen
 
 
 def norms_beside_whole_parameters(folder):
