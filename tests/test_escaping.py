@@ -127,10 +127,10 @@ def test_table_keeps_its_lines(kron):
     text = str(kron_summary(kron))
     assert_clean(text)
     lines = text.split("\n")
-    assert len(lines) == 1 + 1 + len(HOSTILE) + 1 + 2
+    assert len(lines) == 1 + 1 + len(HOSTILE) + 1 + 3
     assert max(map(len, lines)) < 250
     column = lines[0].index("block")
-    assert all(line[column:].startswith("4 x 4") for line in lines[2:-3])
+    assert all(line[column:].startswith("4 x 4") for line in lines[2:-4])
     names = json.loads(json.dumps(kron_summary(kron).to_dict()))["layers"]
     assert [layer["name"] for layer in names] == HOSTILE  # data is not text: it stays as it is
 

@@ -105,4 +105,4 @@ def test_messages_about_l1(method, message):
 def test_damaged_callback_states(saved):
     state = TrainerState(stateful_callbacks={"SparsityCallback": saved}, global_step=3, max_steps=40)
     with pytest.raises(ValueError, match=r"trainer_state\.json: the state of SparsityCallback is malformed"):
-        SparsityCallback(target_sparsity=0.5)._saved_state(state)
+        SparsityCallback(target_sparsity=0.5).saved_attributes(state)

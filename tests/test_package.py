@@ -14,7 +14,7 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "selection", "sparsity", "param_groups"),)
+TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "selection", "sparsity", "param_groups", "summary"),)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
     {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},

@@ -117,9 +117,14 @@ def build_model(name: str, size: int, classes: int) -> nn.Module:
 def kron_config(name: str, block_size: tuple[int, int], rank: int = 1) -> KronConfig:
     """Which linears of a model are compared, and their blocks: for Kronecker layers and baselines alike.
 
-    The 10 rows of LeNet-5's last layer do not divide by 4; it has blocks of (2, 4) always.
+    The 10 rows of LeNet-5's last layer do not divide by 4; it has blocks of (2, 4) always. Blocks of whole rows of
+    pixels, (8, 56), are for the MLP's first layer alone; the second then has (8, 8).
     """
-    odd: dict[str, BlockSize] = {"fc3": (2, 4)} if name == "lenet5" else {}
+    odd: dict[str, BlockSize] = {}
+    if name == "lenet5":
+        odd["fc3"] = (2, 4)
+    elif name == "mlp" and 256 % block_size[1]:
+        odd["fc2"] = (8, 8)
     return KronConfig(
         block_size=block_size,
         rank=rank,

@@ -86,7 +86,7 @@ def _linear(data: str, train_images: int | None, seconds: float) -> Experiment:
 
 def _lenet5(data: str, train_images: int | None, steps: int, seconds: float) -> Experiment:
     """The three fully connected layers, 400 -> 120 -> 84 -> 10; the last has blocks of (2, 4) always."""
-    shapes: list[tuple[Block, int]] = [((4, 4), 1), ((4, 4), 2), ((4, 8), 4), ((2, 4), 1)]
+    shapes: list[tuple[Block, int]] = [((4, 4), 2), ((4, 8), 4), ((12, 8), 4), ((4, 4), 1)]
     krons = [_kron(block, rank, sparsity) for sparsity in (0.5, 0.8) for block, rank in shapes]
     return Experiment(
         recipe=Recipe(experiment=f"lenet5_{data}", data=data, model="lenet5", train_images=train_images, batch_size=64),
@@ -107,11 +107,13 @@ def _mlp() -> Experiment:
     krons = [_kron(block, rank, sparsity) for block, rank in shapes for sparsity in (0.0, *SPARSITIES)]
     straight = [_kron(*shape, sparsity, regrowth="straight_through") for shape in shapes[:2] for sparsity in SPARSITIES]
     grouped = [_kron((8, 8), 2, sparsity, group_penalty=0.5, groups="both") for sparsity in SPARSITIES]
-    menu: list[tuple[Block, int]] = [((8, 8), 1), ((8, 8), 2), ((4, 4), 1)]
+    grouped += [_kron((8, 8), 2, 0.8, group_penalty=0.75, groups="rows")]
+    squares: list[tuple[Block, int]] = [((8, 8), 1), ((8, 8), 2), ((8, 8), 4)]
+    menu: list[tuple[Block, int]] = [*squares[1:], ((4, 8), 2), ((8, 56), 4)]
     budgets = []
-    for budget in (5000, 11500, 2400):
-        budgets += _at_nonzeros("mlp", budget, menu, [(8, 8), (4, 4), (2, 2)])
-        budgets += _at_nonzeros("mlp", budget, menu[:2], [(8, 8)], "same_block")
+    for budget in (5000, 2400, 11500):
+        budgets += _at_nonzeros("mlp", budget, menu, [(8, 8), (2, 4), (2, 2)])
+        budgets += _at_nonzeros("mlp", budget, squares, [(8, 8)], "same_block")
     return Experiment(
         recipe=Recipe(experiment="mlp_fashion_mnist", data="fashion_mnist", model="mlp", train_images=20_000),
         steps=1500,
@@ -146,7 +148,8 @@ def _vit() -> Experiment:
         cases=(
             *DENSE,
             *_at_sparsity(*krons[:1]),
-            *_at_nonzeros("vit", 47_600, [((4, 8), 4)], [(4, 8), (2, 4)]),  # what 50 % of these blocks come to
+            # What 50 % of (4, 8) at rank 4 come to.
+            *_at_nonzeros("vit", 47_600, [((4, 8), 4), ((8, 8), 4)], [(4, 8), (2, 4), (2, 2)]),
             *_at_sparsity(*krons[1:]),
             *_at_sparsity(_kron((8, 8), 2, 0.5)),
             *_baselines([(4, 8)], SPARSITIES),

@@ -126,7 +126,7 @@ class BlockPruningCallback(StatefulCallback):
             )
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        """This callback's state in the checkpoint.
+        """The pruner's state in the checkpoint.
 
         Raises:
             ValueError: There is none, or more than one, or it is malformed.
@@ -134,9 +134,9 @@ class BlockPruningCallback(StatefulCallback):
         name, attributes = type(self).__name__, self.saved_attributes(state)
         if not attributes:
             raise ValueError(f"the checkpoint is of a training without {name}; begin a new training from its weights")
-        if not isinstance(attributes.get("pruner_state"), dict):
+        if not isinstance(found := attributes.get("pruner_state"), dict):
             raise ValueError(f"trainer_state.json: the state of {name} is malformed")
-        return attributes["pruner_state"]
+        return found
 
 
 class GroupLassoCallback(BlockPruningCallback):
