@@ -19,7 +19,7 @@ from kron_hf.held_out_loss import HeldOutLoss, used_columns
 from kron_hf.selection import BlockSizeSelector, SelectionOptions, SelectionResult, replace_by_chosen
 from kron_hf.selection.groups import candidate_layers
 from kron_hf.selection.restart import continue_schedule
-from kron_hf.sharding import is_sharded
+from kron_hf.sharding import is_sharded, reshard
 
 __all__ = ["BlockSizeCallback"]
 
@@ -41,7 +41,8 @@ class BlockSizeCallback(StatefulCallback):
     Args:
         mode: "validation" drops, one at a time, the candidate whose removal raises held-out loss least; "penalty", the
             paper's, shrinks the candidates until one is left.
-        eval_dataset: Held-out data for "validation". Neither the training nor the test set: it decides.
+        eval_dataset: Held-out data for "validation", with `len` and integer indices. Neither the training nor
+            the test set: it decides.
         eval_batches: How many batches of `args.per_device_eval_batch_size` rows, evenly over `eval_dataset`, an
             evaluation takes. Each drop costs one evaluation for each candidate left, with `scope="layer"` one for each
             in each layer.
@@ -51,6 +52,8 @@ class BlockSizeCallback(StatefulCallback):
         cost_weight: What that is worth; in "validation" the loss without a candidate that its cost, as a share of dense
             layers', weighs against. Leaving one out of a model trained with it raises the loss by much more than
             training without it would, so weights above 1 are usual.
+        penalty_weights: In "penalty" what candidates are weighted by: "norm", their norm at the start, or "size", the
+            paper's square root of their number of entries.
         start: Start of the selection as a share of the training steps.
         end: Its end as a share of the training steps.
         restart: Whether the winner's factors are drawn anew and the learning-rate schedule runs again over the rest.
@@ -81,18 +84,33 @@ class BlockSizeCallback(StatefulCallback):
         scope: str = "global",
         cost: str | None = None,
         cost_weight: float = 0.0,
+        penalty_weights: str = "norm",
         start: float = 0.1,
         end: float = 0.5,
         restart: bool | None = None,
         seed: int = 0,
     ) -> None:
-        given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}
-        self.options = SelectionOptions(**given, start=start, end=end, restart=restart, seed=seed)
+        self.options = SelectionOptions(
+            mode=mode,
+            scope=scope,
+            cost=cost,
+            cost_weight=cost_weight,
+            penalty_weights=penalty_weights,
+            start=start,
+            end=end,
+            restart=restart,
+            seed=seed,
+        )
         if mode == "validation" and eval_dataset is None:
             raise ValueError(
                 "BlockSizeCallback(mode='validation') compares candidates by held-out loss: pass eval_dataset=, a part "
                 "of the data that is neither trained nor tested on, or mode='penalty'. (Checkpoints do not hold it: "
                 "pass the callback anew, without restore_callback_states_from_checkpoint; it continues by itself)"
+            )
+        if eval_dataset is not None and not (hasattr(eval_dataset, "__len__") and hasattr(eval_dataset, "__getitem__")):
+            raise ValueError(
+                "BlockSizeCallback takes rows evenly over eval_dataset, by their numbers: it must have len and integer "
+                f"indices, got a {type(eval_dataset).__name__}"
             )
         if type(eval_batches) is not int or eval_batches < 1:
             raise ValueError(f"eval_batches must be a positive int, got {eval_batches!r}")
@@ -206,6 +224,7 @@ class BlockSizeCallback(StatefulCallback):
     @staticmethod
     def _replace(model: nn.Module) -> None:
         # FSDP2 gathers the parameters of the modules that it was given.
+        reshard(model)  # after an evaluation it may hold whole ones
         if candidate_layers(model) and not any(map(is_sharded, model.parameters())):
             replace_by_chosen(model)
             attach_kron_config(model)

@@ -181,7 +181,8 @@ class KronConfig(PeftConfig):
         if given := [name for name in PATTERNS if getattr(self, name)]:
             raise ValueError(f"all modules have the same candidates; they exclude {', '.join(given)}")
         if not 2 <= len(self.candidates) <= MAX_CANDIDATES:
-            one = f": to train with one, set block_size and rank to {self.candidates[0]}"
+            size, rank = self.candidates[0]
+            one = f"; to train with one, pass block_size={size} and rank={rank}"
             raise ValueError(
                 f"candidate_block_sizes and candidate_ranks must give 2 to {MAX_CANDIDATES} candidates, got "
                 f"{len(self.candidates)}{one if len(self.candidates) == 1 else ''}"

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from kron_hf.escaping import printable
+from kron_hf.selection.groups import candidate_layers
 from kron_hf.summary import kron_summary
 
 __all__ = ["add_usage", "base_name", "write_model_card"]
@@ -139,9 +140,10 @@ def _usage(model: nn.Module, name: str) -> list[str]:
     kind = "An adapter that replaces the projections of a transformers model by"
     if not isinstance(model, PeftModel):
         kind = "A transformers model whose projections are"
+    sums = " Their block size is not chosen yet: each is the sum of its candidates." if candidate_layers(model) else ""
     return [
         f"{kind} [Kronecker-sparse](https://arxiv.org/abs/2503.21928) layers of "
-        "`kron_hf`: `W = sum_i (S * A_i) (x) B_i`. It needs that package to load:",
+        f"`kron_hf`: `W = sum_i (S * A_i) (x) B_i`.{sums} It needs that package to load:",
         _fenced(code, "python"),
     ]
 

@@ -12,10 +12,20 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-__all__ = ["gather", "is_sharded", "laid_out_as", "local", "scatter_from_first", "shard_of", "sum_over_shards"]
+__all__ = [
+    "gather",
+    "is_sharded",
+    "laid_out_as",
+    "local",
+    "reshard",
+    "scatter_from_first",
+    "shard_of",
+    "sum_over_shards",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -26,6 +36,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of the tensor that this process holds, without gradient; it shares the memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the shards back into a model under FSDP2 after a forward without backward.
+
+    Some modules, the root among them, hold whole parameters until a backward: other objects than the optimizer's, so
+    that what is written into them is lost, and `model.zero_grad()` leaves the gradients of the shards as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def laid_out_as(full: Tensor, like: Tensor) -> Tensor:

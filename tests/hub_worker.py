@@ -28,7 +28,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import kron_hf
 from kron_hf import KronConfig, KronTrainer, get_kron_model
+from kron_hf.checkpoint import attach_kron_config
 from kron_hf.cli import main
+from kron_hf.selection import replace_by_chosen
+from kron_hf.selection.groups import candidate_layers
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
@@ -58,6 +61,21 @@ def push(repo, seed, door="kron", sharded=False, **options):
     if door == "stock":
         return str(model.push_to_hub(repo, **options))
     return kron_hf.push_to_hub(model, repo, **options).oid
+
+
+def push_in_selection(repo, drops):
+    """Three candidates a layer, of which the first ones have been dropped; returns the digest."""
+    torch.manual_seed(drops)
+    config = KronConfig(candidate_block_sizes=[2, 4, (4, 8)], candidate_ranks=[1])
+    model = get_kron_model(ViTForImageClassification(ViTConfig(**SIZES)), config)
+    for layer in candidate_layers(model).values():
+        for key in layer.alive[:drops]:
+            layer.drop(key)
+    if drops == 2:
+        replace_by_chosen(model)
+    attach_kron_config(model)  # as BlockSizeCallback does
+    kron_hf.push_to_hub(model, repo)
+    return digest(model)
 
 
 def push_dense(repo, seed, **options):
@@ -151,7 +169,7 @@ def upload(repo, path, text):
 
 
 NAMES = "push push_dense pull push_adapter pull_adapter expected from_base push_with_processor classify summary"
-COMMANDS = {name: globals()[name] for name in f"{NAMES} train command_line upload".split()}
+COMMANDS = {name: globals()[name] for name in f"{NAMES} push_in_selection train command_line upload".split()}
 
 
 def carry_out(line):

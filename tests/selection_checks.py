@@ -17,12 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageClassification, Trainer
 from two_processes import main
 
-from kron_hf import KronLinear
+from kron_hf import BlockSizeCallback, KronLinear
 from kron_hf.selection import BlockSizeSelector, KronCandidates, replace_by_chosen
-from kron_hf.sharding import gather, local
+from kron_hf.sharding import is_sharded, local
 
 STEPS = 20  # drops after 6 and 10 steps in validation mode
 GLOBAL_BATCH = 8
+# A resumed run agrees in all bits without clipping. That sums the squared norms of all gradients: the zeros of gated
+# candidates, which a resumed run has no more, make it add the others in another order, and the last bit may differ.
+UNCLIPPED = {"per_device_eval_batch_size": 4, "max_grad_norm": 0.0}
 
 
 class Loss(nn.Module):
@@ -42,7 +45,7 @@ def wrapped(model, way):
     if way == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (model.inner.fc1, model.inner.fc2):
+    for layer in (model.inner.fc1, model.inner.fc2) if way == "fsdp2" else ():
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -73,7 +76,7 @@ class Run:
 
     def steps(self, numbers):
         for step in numbers:
-            self.optimizer.zero_grad()
+            self.wrapped.zero_grad()  # the model's, as Trainer calls it: its parameters must be the optimizer's
             self.wrapped(*part(step, self.way)).backward()
             self.optimizer.step()
         return self
@@ -137,6 +140,28 @@ def ddp(folder):
 
 def fsdp2(folder):
     return equality("fsdp2")
+
+
+def fsdp2_as_one_group(folder):
+    """All layers belong to the root, which holds whole parameters after an evaluation."""
+    chosen = equality("fsdp2 as one group")
+    run = started("fsdp2 as one group", "validation").steps(range(STEPS))
+    with torch.no_grad():
+        run.held_out()
+    assert not any(map(is_sharded, run.wrapped.parameters()))
+    BlockSizeCallback._replace(run.wrapped)  # when the training ends with an evaluation
+    assert isinstance(run.model.inner.fc1, KronCandidates)
+    assert all(map(is_sharded, run.wrapped.parameters()))
+    return chosen
+
+
+def norms_beside_whole_parameters(folder):
+    """A layer that is not sharded, or not at the moment, counts once."""
+    run, alone = started("fsdp2", "validation"), started("alone", "validation")
+    run.model.inner.fc1.unshard()
+    assert not is_sharded(run.model.inner.fc1.layer("2x2_rank1").s)
+    assert is_sharded(run.model.inner.fc2.layer("2x2_rank1").s)
+    torch.testing.assert_close(run.selector.norms(), alone.selector.norms())
 
 
 def chosen_after_ddp(folder):
@@ -204,9 +229,7 @@ def without_dropout(model):
 
 
 def trainer_ddp(folder):
-    # No clipping: it sums the norms of all gradients, with zeros among them only where candidates were gated.
-    options = {"per_device_eval_batch_size": 4, "max_grad_norm": 0.0}
-    run = trainer(folder / "whole", 2, **options)
+    run = trainer(folder / "whole", 2, **UNCLIPPED)
     run.train()
     assert isinstance(run.model_wrapped, DistributedDataParallel)
     assert not any(isinstance(module, KronCandidates) for module in run.model.modules())
@@ -217,7 +240,7 @@ def trainer_ddp(folder):
             model = None
             if start == "loaded":
                 model = without_dropout(AutoModelForImageClassification.from_pretrained(checkpoint))
-            resumed = trainer(folder / f"{start}{at}", 2, seed=1, model=model, **options)
+            resumed = trainer(folder / f"{start}{at}", 2, seed=1, model=model, **UNCLIPPED)
             resumed.train(resume_from_checkpoint=checkpoint)
             expected = run.model.state_dict()
             for name, value in resumed.model.state_dict().items():
@@ -229,8 +252,7 @@ def trainer_ddp(folder):
 
 
 def trainer_fsdp2(folder):
-    kind = fsdp("FULL_STATE_DICT")
-    kind |= {"per_device_eval_batch_size": 4, "max_grad_norm": 0.0}
+    kind = fsdp("FULL_STATE_DICT") | UNCLIPPED
     run = trainer(folder / "whole", 2, **kind)
     run.train()
     assert isinstance(run.model_wrapped, FSDPModule)
@@ -244,10 +266,33 @@ def trainer_fsdp2(folder):
     assert all(torch.equal(value, expected[name]) for name, value in whole_state(resumed.model).items())
     run.save_model(str(folder / "saved"))
     (folder / "config.json").write_text(json.dumps(callback.config.modules))
-    return {name: float(gather([value])[0].sum()) for name, value in list(run.model.state_dict().items())[:1]}
 
 
-CHECKS = ["ddp", "chosen_after_ddp", "resume", "trainer_ddp", "fsdp2", "trainer_fsdp2"]
+def trainer_clipped(folder):
+    """Zero gradients of gated candidates count nothing in the norm."""
+    for name, kind in {"ddp": {}, "fsdp2": fsdp("FULL_STATE_DICT")}.items():
+        run = trainer(folder / name, 2, **(kind | UNCLIPPED | {"max_grad_norm": 1.0}))
+        run.train()
+        assert max(log["grad_norm"] for log in run.state.log_history if "grad_norm" in log) > 1
+        resumed = trainer(folder / f"{name}-resumed", 2, seed=1, **(kind | UNCLIPPED | {"max_grad_norm": 1.0}))
+        resumed.train(resume_from_checkpoint=str(folder / name / "checkpoint-8"))
+        expected = {key: value for key, value in whole_state(run.model).items() if value.numel()}
+        for key, value in whole_state(resumed.model).items():
+            if value.numel():
+                torch.testing.assert_close(value, expected[key], msg=lambda text, at=(name, key): f"{at}: {text}")
+
+
+CHECKS = [
+    "ddp",
+    "fsdp2",
+    "fsdp2_as_one_group",
+    "norms_beside_whole_parameters",
+    "chosen_after_ddp",
+    "resume",
+    "trainer_ddp",
+    "trainer_fsdp2",
+    "trainer_clipped",
+]
 
 if __name__ == "__main__":
     main(globals())

@@ -137,7 +137,7 @@ def test_attaching_and_stepping_by_hand_exclude_each_other():
     pruner.step(optimizer)
     with pytest.raises(RuntimeError, match="never both"):
         pruner.attach(optimizer)
-    with pytest.raises(TypeError, match="Optimizer, got TinyDense"):
+    with pytest.raises(TypeError, match="Optimizer is required to attach to, got a TinyDense"):
         pruner.step(model)
 
 

@@ -149,6 +149,7 @@ def test_under_kron_trainer_with_dropped_candidates_out_of_every_group(tmp_path)
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(parameter) for parameter in run.model.parameters()}
     assert {id(p) for p in run.optimizer.optimizer.state} == held
+    assert all(("sparsity" in log) == (log["candidates_left"] == 1) for log in run.state.log_history)
     resumed = trainer(tmp_path / "resumed", vit(1), trainer_class=KronTrainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert_equal(dict(resumed.model.state_dict()), dict(run.model.state_dict()))
@@ -238,10 +239,12 @@ def test_a_budget_too_short_raises_before_the_training(tmp_path):
     ("options", "message"),
     [
         ({}, "pass eval_dataset=, a part of the data that is neither trained nor tested on, or mode='penalty'"),
+        ({"eval_dataset": iter([1])}, "must have len and integer indices, got a list_iterator"),
         ({"eval_dataset": [1], "eval_batches": 0}, "eval_batches must be a positive int, got 0"),
         ({"mode": "penalty", "end": 2}, "end must be a share"),
+        ({"mode": "penalty", "penalty_weights": 2}, "penalty_weights must be one of"),
     ],
-    ids=["no evaluation set", "eval_batches", "options"],
+    ids=["no evaluation set", "a stream", "eval_batches", "options", "penalty_weights"],
 )
 def test_bad_options_raise_at_once(options, message):
     with pytest.raises(ValueError, match=message):

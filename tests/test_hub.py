@@ -51,6 +51,14 @@ def test_round_trip_is_bit_equal(hub, client, digests, door, sharded):
     assert client.value("pull", repo=repo, cache=repo, offline=True) == digests[1]
 
 
+def test_a_model_in_selection_is_pushed_over_its_earlier_states(hub, client):
+    for drops in range(3):
+        pushed = client.value("push_in_selection", repo="alice/selection", drops=drops)
+        assert client.value("pull", repo="alice/selection") == pushed
+        card = hub.files("alice/selection")["README.md"].decode()
+        assert ("each is the sum of its candidates" in card) == (drops < 2)
+
+
 def test_what_the_card_says_runs_in_a_fresh_process(hub, client, tmp_path):
     client.value("push_with_processor", repo="alice/card", seed=1)
     card = hub.files("alice/card")["README.md"].decode()

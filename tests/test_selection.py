@@ -384,6 +384,8 @@ def test_closing_early_warns():
         ({"cost": "params", "cost_weight": math.nan}, "cost_weight must be a finite number .*, got nan"),
         ({"start": 0.5, "end": 0.5}, r"start must be before end, got start=0\.5, end=0\.5"),
         ({"end": 1.5}, r"end must be a share of the training steps in \[0, 1\], got 1\.5"),
+        ({"penalty_weights": "l2"}, "penalty_weights must be one of .*, got 'l2'"),
+        ({"penalty_weights": "size"}, "penalty_weights='size' needs mode='penalty'"),
         ({"restart": 1}, "restart must be a bool or None, got 1"),
         ({"seed": -1}, r"seed must be an int in \[0, 2\*\*32\), got -1"),
         ({"total_steps": 0}, "total_steps must be a positive int, got 0"),

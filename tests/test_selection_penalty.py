@@ -1,3 +1,4 @@
+import json
 import math
 from itertools import pairwise
 
@@ -67,7 +68,7 @@ def step_of(layer, step, weight=0.0):
     """One proximal step on a single layer; returns the drops."""
     candidates = CandidateSet(layer, "global")
     dropped = []
-    penalty = Penalty(candidates, weight, 0, 100)
+    penalty = Penalty(candidates, "norm", weight, 0, 100)
     penalty.advance(step, lambda choice, k, losses: dropped.append((choice, k, losses)))
     return dropped
 
@@ -110,6 +111,33 @@ def test_cost_makes_the_weight_larger_by_its_share():
     shares = {0: (16 + 16 + 4) / 64, 1: (4 + 4 + 16) / 64}
     (norms,) = selector._set.norms()
     assert selector._method._weights(0) == pytest.approx({k: norms[k] * (1 + 2.0 * shares[k]) for k in (0, 1)})
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_the_papers_weight_is_the_square_root_of_the_size(scope):
+    model = TwoLayers()  # 16 x 32 and 32 x 16
+    options = {"cost": "params", "cost_weight": 2.0, "scope": scope, "total_steps": 10}
+    selector = BlockSizeSelector(model, mode="penalty", penalty_weights="size", **options)
+    sizes = {2: 128 + 128 + 4, 4: 32 + 32 + 16, 8: 8 + 8 + 64}  # S, A and B in each layer, by block size
+    layers = 2 if scope == "global" else 1
+    for choice in range(len(selector._set.choices)):
+        expected = [math.sqrt(layers * size) * (1 + 2.0 * size / 512) for size in sizes.values()]
+        assert list(selector._method._weights(choice).values()) == pytest.approx(expected)
+
+
+def test_the_papers_weight_is_kept_over_drops_and_resumes():
+    options = {"mode": "penalty", "penalty_weights": "size", "start": 0.0, "total_steps": 100}
+    model, resumed = TwoLayers(), TwoLayers(1)
+    selector = BlockSizeSelector(model, **options)
+    weights = selector._method._weights(0)
+    while selector.candidates_left == 3:
+        selector.step()
+    resumed.load_state_dict(model.state_dict())
+    other = BlockSizeSelector(resumed, **options)
+    other.load_state_dict(json.loads(json.dumps(selector.state_dict())))
+    left = selector._set.alive(0)
+    assert len(left) < 3
+    assert selector._method._weights(0) == other._method._weights(0) == {k: weights[k] for k in left}
 
 
 def test_candidates_begin_at_the_same_distance_from_zero():

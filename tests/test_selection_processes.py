@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from selection_checks import CHECKS, trainer
+from selection_checks import CHECKS, UNCLIPPED, trainer
 from tiny_selection import callback_in
 from transformers import AutoModelForImageClassification
 from two_processes import run
@@ -25,7 +25,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run on one process, with the same global batches."""
-    made = trainer(tmp_path_factory.mktemp("one"), processes=1, per_device_eval_batch_size=4, max_grad_norm=0.0)
+    made = trainer(tmp_path_factory.mktemp("one"), processes=1, **UNCLIPPED)
     made.train()
     return made
 
@@ -49,13 +49,13 @@ def test_two_processes_choose_what_one_does(two, alone, check):
     assert {name: value.shape for name, value in model.state_dict().items()} == {
         name: value.shape for name, value in expected.items()
     }
-    for name, value in model.state_dict().items() if check == "trainer_ddp" else ():
+    for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("at", [8, 12], ids=["in the middle", "after the end"])
 def test_one_process_resumes_what_two_saved(two, alone, tmp_path, at):
-    resumed = trainer(tmp_path, processes=1, seed=1, per_device_eval_batch_size=4, max_grad_norm=0.0)
+    resumed = trainer(tmp_path, processes=1, seed=1, **UNCLIPPED)
     resumed.train(resume_from_checkpoint=str(two[0] / "trainer_ddp" / "whole" / f"checkpoint-{at}"))
     expected = alone.model.state_dict()
     for name, value in resumed.model.state_dict().items():

@@ -286,6 +286,7 @@ def test_the_last_candidate_counts_as_the_chosen_layer():
     layer.drop("4x4_rank2", free=False)
     (left,), (chosen,) = kron_summary(layer).layers, kron_summary(layer.chosen()).layers
     fields = {"name", "block_size", "rank"}
+    assert kron_summary(layer).trained_params == kron_summary(layer.chosen()).trained_params
     without = [{key: value for key, value in asdict(row).items() if key not in fields} for row in (left, chosen)]
     assert without[0] == without[1]
 

@@ -46,10 +46,11 @@ REMOVAL_COST_WEIGHT = 5.0
 SELECTIONS: dict[str, dict[str, Any]] = {
     "validation": {"mode": "validation"},
     "penalty": {"mode": "penalty"},
+    "penalty, by size": {"mode": "penalty", "penalty_weights": "size"},
     "validation, restart": {"mode": "validation", "restart": True},
     "validation, cost": {"mode": "validation", "cost": "params", "cost_weight": REMOVAL_COST_WEIGHT},
 }
-PLANTED_MODES = ("validation", "penalty")
+PLANTED_MODES = ("validation", "penalty", "penalty, by size")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from kron_hf.baselines.block_layer import (
 from kron_hf.baselines.options import Checks, schedule
 from kron_hf.sharding import local, shard_of
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
-from kron_hf.sparsity.optimizer_state import clear_state, raw_optimizer
+from kron_hf.sparsity.optimizer_state import clear_state, overflowed, raw_optimizer
 from kron_hf.sparsity.options import SparsityOptions
 from kron_hf.sparsity.pruning import choose_blocks, required_entries
 
@@ -243,7 +243,7 @@ class BlockPruner:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if _overflowed(optimizer):
+        if overflowed(optimizer):
             return
         self._read_gradients()
         for layer, mask in zip(self._layers, self._dead or [], strict=False):
@@ -252,7 +252,7 @@ class BlockPruner:
                 local(gradient).masked_fill_(shard_of(entry_mask(mask, layer), gradient), 0.0)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not _overflowed(optimizer):
+        if not overflowed(optimizer):
             self._advance(optimizer)
 
     @torch.no_grad()
@@ -306,8 +306,3 @@ class BlockPruner:
             raise ValueError("the sparsity state is malformed: dead must be a list of base64 texts, one a layer")
         if not isinstance(content.get("method", {}), dict):
             raise ValueError("the sparsity state is malformed: method must be an object")
-
-
-def _overflowed(optimizer: Optimizer) -> bool:
-    found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers, which skip an overflow themselves
-    return found_inf is not None and bool(found_inf)

@@ -1,5 +1,6 @@
 """`CandidateSet`: all candidates of a model, by choice and position; their sizes, costs and norms, and who is left."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from kron_hf.factors import block_norms
 from kron_hf.layers import KronLinear
 from kron_hf.selection.candidates import KronCandidates, candidate_key
-from kron_hf.selection.costs import Costs
+from kron_hf.selection.costs import Costs, entries
 from kron_hf.selection.groups import candidate_layers, choices_of, label_of, without
 from kron_hf.selection.norms import balanced_norm, scale_, squared_norms
 from kron_hf.selection.restart import forget
@@ -141,6 +142,16 @@ class CandidateSet:
         return [
             {k: balanced_norm(by_candidate[choice, k]) for k in self.alive(choice)}
             for choice in range(len(self.choices))
+        ]
+
+    def root_sizes(self) -> list[dict[int, float]]:
+        """`sqrt(size_k)` of the candidates left in each choice, by position: the entries of their S, A and B."""
+        return [
+            {
+                k: math.sqrt(sum(entries(self.layers[index].layer(self.keys[index][k])) for index in indices))
+                for k in self.alive(choice)
+            }
+            for choice, indices in enumerate(self.choices)
         ]
 
     def cost(self, choice: int, k: int, *, of_all: bool) -> float:

@@ -16,14 +16,14 @@ from kron_hf.ops import kron_linear
 from kron_hf.selection.candidates import KronCandidates
 from kron_hf.sharding import local
 
-__all__ = ["COSTS", "Costs"]
+__all__ = ["COSTS", "Costs", "entries"]
 
 COSTS = (None, "params", "flops", "latency")
 ROWS = 1024  # tokens of a timed forward
 REPEATS = 15
 
 
-def _size_of(layer: KronLinear) -> int:
+def entries(layer: KronLinear) -> int:
     """Entries of S, A and B; also of a freed layer."""
     block_out, block_in = layer.block_size
     blocks = layer.out_blocks * layer.in_blocks
@@ -58,7 +58,7 @@ class Costs:
 def _candidate_cost(layer: KronCandidates, key: str, cost: str) -> float:
     candidate = layer.layer(key)
     if cost == "params":
-        return _size_of(candidate)
+        return entries(candidate)
     if cost == "flops":
         return kron_flops(layer.out_features, layer.in_features, candidate.block_size, candidate.rank)
     return _shared(_kron_seconds(layer, candidate), layer)

@@ -35,10 +35,13 @@ def squared_norms(layers: Sequence[KronLinear]) -> list[tuple[float, float, floa
     """
     factors = [factor for layer in layers for factor in (layer.s, layer.a, layer.b)]
     squares = torch.stack([local(factor).double().square().sum() for factor in factors])
-    sharded = [cast(DTensor, factor) for factor in factors if isinstance(factor, DTensor)]
+    sharded = {index: cast(DTensor, factor) for index, factor in enumerate(factors) if isinstance(factor, DTensor)}
     if sharded:
-        squares = squares.to(sharded[0].device_mesh.device_type)
-        dist.all_reduce(squares, group=_group_of(sharded))
+        first, *_ = sharded.values()
+        squares, at = squares.to(first.device_mesh.device_type), list(sharded)
+        parts = squares[at]  # whole factors are beside them in layers that FSDP2 does not shard
+        dist.all_reduce(parts, group=_group_of(list(sharded.values())))
+        squares[at] = parts
     values = squares.tolist()
     return list(zip(values[::3], values[1::3], values[2::3], strict=True))
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from kron_hf.selection.costs import COSTS
 
-__all__ = ["MODES", "SCOPES", "SelectionOptions"]
+__all__ = ["MODES", "PENALTY_WEIGHTS", "SCOPES", "SelectionOptions"]
 
 MODES = ("validation", "penalty")
 SCOPES = ("global", "layer")
+PENALTY_WEIGHTS = ("norm", "size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +17,15 @@ class SelectionOptions:
     """The options of a `BlockSizeSelector`, checked; see there.
 
     Raises:
-        ValueError: An option is outside its range, or of `cost` and `cost_weight` only one is given.
+        ValueError: An option is outside its range, of `cost` and `cost_weight` only one is given, or `penalty_weights`
+            in validation mode.
     """
 
     mode: str = "validation"
     scope: str = "global"
     cost: str | None = None
     cost_weight: float = 0.0
+    penalty_weights: str = "norm"
     start: float = 0.1
     end: float = 0.5
     restart: bool | None = None
@@ -33,11 +36,14 @@ class SelectionOptions:
             ("mode", self.mode, MODES),
             ("scope", self.scope, SCOPES),
             ("cost", self.cost, COSTS),
+            ("penalty_weights", self.penalty_weights, PENALTY_WEIGHTS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if not (_is_number(self.cost_weight) and 0 <= self.cost_weight < math.inf):
             raise ValueError(f"cost_weight must be a finite number that is not negative, got {self.cost_weight!r}")
+        if self.mode == "validation" and self.penalty_weights != "norm":
+            raise ValueError(f"penalty_weights={self.penalty_weights!r} needs mode='penalty', got mode='validation'")
         if (self.cost is None) != (self.cost_weight == 0):
             raise ValueError(
                 f"cost and a cost_weight above 0 go together, got cost={self.cost!r} and "

@@ -19,7 +19,7 @@ from kron_hf.selection.restart import forget, redraw, remaining_share, run_sched
 from kron_hf.selection.result import SelectionResult
 from kron_hf.selection.selector_state import checked_state
 from kron_hf.selection.validation import Validation
-from kron_hf.sparsity.optimizer_state import raw_optimizer
+from kron_hf.sparsity.optimizer_state import overflowed, raw_optimizer
 
 __all__ = ["BlockSizeSelector"]
 
@@ -53,7 +53,9 @@ class BlockSizeSelector:
         cost_weight: In "validation" the loss without a candidate that the whole dense cost is worth. Leaving one out of
             a model trained with it costs more than training without it would, so weights above 1 are usual. In
             "penalty" by how much a candidate that costs as much as dense layers is penalised more,
-            `w_k = ||theta_k^0|| * (1 + cost_weight * cost_k)`.
+            `w_k = u_k * (1 + cost_weight * cost_k)`.
+        penalty_weights: In "penalty" what u_k is: "norm", the candidate's norm at the start, or "size", the paper's
+            square root of its number of entries.
         total_steps: Optimizer steps of the whole training.
         start: Start of the selection as a share of `total_steps`.
         end: Its end, when one candidate is left, as a share of `total_steps`.
@@ -93,13 +95,23 @@ class BlockSizeSelector:
         scope: str = "global",
         cost: str | None = None,
         cost_weight: float = 0.0,
+        penalty_weights: str = "norm",
         start: float = 0.1,
         end: float = 0.5,
         restart: bool | None = None,
         seed: int = 0,
     ) -> None:
-        given = {"mode": mode, "scope": scope, "cost": cost, "cost_weight": cost_weight}
-        self.options = SelectionOptions(**given, start=start, end=end, restart=restart, seed=seed)
+        self.options = SelectionOptions(
+            mode=mode,
+            scope=scope,
+            cost=cost,
+            cost_weight=cost_weight,
+            penalty_weights=penalty_weights,
+            start=start,
+            end=end,
+            restart=restart,
+            seed=seed,
+        )
         if mode == "validation" and evaluate is None:
             raise ValueError("mode='validation' needs evaluate=, a function that gives the held-out loss; or 'penalty'")
         self._total_steps = total_steps
@@ -110,7 +122,7 @@ class BlockSizeSelector:
             self._set.costs = Costs.of(self._set.layers, cost)
         self._variances = self._set.weight_variances()  # to which the winners are drawn anew
         self._method: Validation | Penalty = (
-            Penalty(self._set, cost_weight, self.start_step, self.end_step)
+            Penalty(self._set, penalty_weights, cost_weight, self.start_step, self.end_step)
             if evaluate is None or mode == "penalty"
             else Validation(self._set, model, evaluate, cost_weight, (self.start_step, self.end_step, drops))
         )
@@ -250,8 +262,7 @@ class BlockSizeSelector:
             self._run_schedule_again()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers, which skip an overflow themselves
-        if found_inf is None or not bool(found_inf):
+        if not overflowed(optimizer):
             self._advance(optimizer)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kron_hf.selection.candidate_set import CandidateSet
-from kron_hf.sharding import local
+from kron_hf.sharding import local, reshard
 
 __all__ = ["Validation", "left_after"]
 
@@ -80,6 +80,7 @@ class Validation:
                 with self._set.without(choice, k):
                     losses.append(float(self._evaluate()))
         finally:
+            reshard(self._model)
             for module, training in modes:
                 module.training = training
         losses = _mean_over_processes(losses, local(next(self._model.parameters())).device)

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from kron_hf.sharding import local, shard_of
 
-__all__ = ["clear_state", "group_of", "raw_optimizer", "rescale_state", "step_size"]
+__all__ = ["clear_state", "group_of", "overflowed", "raw_optimizer", "rescale_state", "step_size"]
 
 # How the entries of a state tensor depend on the scale of the gradient.
 _POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -27,8 +27,14 @@ def raw_optimizer(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner, Optimizer):
         optimizer, inner = inner, getattr(inner, "optimizer", None)
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"Sparsifier.attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(f"a torch.optim.Optimizer is required to attach to, got a {type(optimizer).__name__}")
     return optimizer
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether the step was none: fused optimizers, on which `GradScaler` sets `found_inf`, skip an overflow inside."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def step_size(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | float:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from kron_hf.layers import KronLinear
 from kron_hf.selection.candidates import KronCandidates
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
-from kron_hf.sparsity.optimizer_state import clear_state, raw_optimizer
+from kron_hf.sparsity.optimizer_state import clear_state, overflowed, raw_optimizer
 from kron_hf.sparsity.options import SparsityOptions
 from kron_hf.sparsity.proximal import ProximalL1
 from kron_hf.sparsity.pruning import kron_layers, model_sparsity, share_of_entries
@@ -123,8 +123,6 @@ class Sparsifier:
             group_penalty=group_penalty,
             groups=groups,
         )
-        self.total_steps = total_steps
-        self.start_step, self.end_step = self.options.ramp(total_steps)
         self._model = model
         layers = kron_layers(model)
         if not layers:
@@ -135,6 +133,8 @@ class Sparsifier:
                 "get_kron_model(model, callback.config), a model of the chosen size, to a sparsity"
             )
         _check_whole(layers)
+        self.total_steps = total_steps
+        self.start_step, self.end_step = self.options.ramp(total_steps)
         self._initial_dead = [None if layer.dead_blocks is None else layer.dead_blocks.clone() for layer in layers]
         self._method: _Method = (
             TargetRamp(self.options, self.start_step, self.end_step, layers, self._initial_dead)
@@ -245,8 +245,7 @@ class Sparsifier:
         self._frozen_sparsity = self.sparsity if self._frozen else None
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # set on fused optimizers, which skip an overflow themselves
-        if found_inf is None or not bool(found_inf):
+        if not overflowed(optimizer):
             self._advance(optimizer)
 
     @torch.no_grad()

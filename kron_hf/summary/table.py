@@ -121,12 +121,13 @@ def summarize_model(
     """
     layers = tuple(layers)
     own = {id(parameter) for layer in inside for parameter in layer.parameters()}
-    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    others = sum(parameter.numel() for parameter in outside)
     converted = sum_up(layers, of)
     return KronSummary(
         layers=layers,
         converted=converted,
-        trained_params=trained_entries(model.parameters()),
+        trained_params=trained_entries(outside) + converted.trained_params,  # not of candidates that were dropped
         nonzeros=None if converted.nonzeros is None else others + converted.nonzeros,
         deployed_params=others + converted.deployed_params,
         dense_params=others + converted.dense_params,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.model_card import add_usage
 from kron_hf.param_groups import kron_param_groups
+from kron_hf.selection.groups import candidate_layers
 from kron_hf.sparsity.pruning import kron_layers, model_sparsity
 from kron_hf.trainer.hidden_token import HiddenToken
 from kron_hf.trainer.safe_saving import SafeSaving
@@ -24,8 +25,8 @@ class KronTrainer(SafeSaving):
     stock Trainer publishes in `training_args.bin`.
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
-    `sparsity` for all integrations. No checkpoint is ever half-written (`SafeSaving`). A model without Kronecker layers
-    trains as under Trainer.
+    `sparsity` for all integrations, but not while a block size is selected. No checkpoint is ever half-written
+    (`SafeSaving`). A model without Kronecker layers trains as under Trainer.
 
     Args:
         *args: As for `Trainer`.
@@ -93,7 +94,8 @@ class KronTrainer(SafeSaving):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `sparsity` before any integration sees the logs."""
         model = cast(nn.Module, self.model)
-        if kron_layers(model) and "sparsity" not in logs:
+        # In a block-size selection a zero block of a candidate makes none of W.
+        if kron_layers(model) and not candidate_layers(model) and "sparsity" not in logs:
             logs["sparsity"] = model_sparsity(model)
         super().log(logs, start_time)
 
