@@ -97,7 +97,7 @@ def test_thousands_of_damaged_checkpoints(figures):
 
 @pytest.mark.slow
 def test_thousands_of_damaged_checkpoints_in_selection(figures):
-    check_checkpoints(10_000, 2000, figures, "selection")
+    check_checkpoints(10_000, 1000, figures, "selection")
 
 
 @pytest.mark.slow

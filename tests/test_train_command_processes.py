@@ -74,7 +74,7 @@ def test_the_world_has_the_size_that_was_asked_for(runs, launcher, world):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_one_process_speaks(runs, launcher):
     printed = runs[1][launcher]
-    for once in ("images of 4 classes to train", "validation accuracy", "converted layers", "card are in"):
+    for once in ("images of 4 classes to train", "validation accuracy", "converted layers, of dense", "card are in"):
         assert printed.count(once) == 1
 
 
