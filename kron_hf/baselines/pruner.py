@@ -208,10 +208,11 @@ class BlockPruner:
         """Before an optimizer step, while the gradients are those of all blocks."""
 
     def _method_state(self) -> dict[str, Any]:
+        """What the method itself must remember, in plain JSON types; most are functions of the weights and the step."""
         return {}
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
-        pass
+        """Continues from `_method_state`."""
 
     def _choose(self, sparsity: float) -> list[Tensor]:
         """The blocks of smallest norm, those that are held first, that make up `sparsity`."""
