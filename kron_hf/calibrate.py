@@ -1,0 +1,245 @@
+"""`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, default_data_collator
+
+from kron_hf.calibration.allocation import LayerChoices, allocate
+from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.dense_walk import walk_dense
+from kron_hf.calibration.fitted_layer import fitted_layer
+from kron_hf.calibration.menu import Option, kron_option, layer_menu
+from kron_hf.calibration.menu_errors import layer_choices
+from kron_hf.calibration.passes import evaluation, first_tensor
+from kron_hf.calibration.readout import reads_first_token_alone, token_count
+from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
+from kron_hf.calibration.route import Route, find_route
+from kron_hf.calibration.sequential import Problem, calibrate_in_order
+from kron_hf.calibration.streams import Stream, find_streams
+from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
+from kron_hf.calibration_config import CalibrationConfig
+from kron_hf.config import KronConfig
+from kron_hf.layers import KronLinear
+from kron_hf.surgery import replace_modules
+from kron_hf.targets import Target, find_targets
+
+__all__ = ["Calibration", "calibrate"]
+
+FEW = 4  # examples that show where the residual stream is
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Fitted layers, not yet in the model.
+
+    Attributes:
+        layers: The Kronecker layer of each module by its name.
+        result: What was chosen and measured: a table, a picture, JSON.
+        config: A `KronConfig` with which `get_kron_model` makes layers of the same sizes in a fresh model.
+    """
+
+    layers: Mapping[str, KronLinear]
+    result: CalibrationResult
+    config: KronConfig
+
+
+def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Calibration:
+    """Fits a Kronecker layer to every module that a config names; the model itself is left as it is.
+
+    Layer by layer, in the order in which the model calls them: each is fitted by alternating least squares to give the
+    outputs of the dense model for the inputs that it gets in the model converted so far. Projections that write the
+    residual stream are fitted to mend what the stream lacks there, with the LayerScale that follows them. With a budget
+    in the config (`target_params`, `target_flops`, `max_error`) block size and rank of each layer are chosen first, by
+    how well each option fits on examples held out and by how much the model's features suffer from an error there.
+
+    Memory is taken for the second moments of one block at a time, and for the outputs of one block on all data (up to
+    4 GiB for each of the two models). Nothing is random but what the data draws, and that is the same in every pass.
+
+    Args:
+        model: The trained model, on any device.
+        config: What to convert, with one block size and rank or a budget; `config.calibration_config` has the details.
+        calibration_data: A data set of examples, a `DataLoader`, or a list of batches, of the kind that the model will
+            see in use: hundreds of images are enough. Labels are not used.
+
+    Raises:
+        ValueError: There is no data, a layer never sees any of it, activations are not finite, the budget cannot be
+            met, or what `get_kron_model` refuses.
+    """
+    return _Calibrating(model, config, calibration_data).run()
+
+
+class _Calibrating:
+    def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
+        self.model, self.config = model, config
+        self.options = config.calibration_config or CalibrationConfig()
+        assert isinstance(self.options, CalibrationConfig)
+        self.targets = find_targets(model, config, compare_cost=config.budget is None)
+        self.batches = _batches(model, data, self.options)
+        with evaluation(model):
+            first = next(iter(self.batches))
+            self.route = find_route(model, [target.name for target in self.targets], first)
+            self.streams = find_streams(model, self.route, _few(first))
+            self.token_weights = _token_weights(model, self.route, _few(first), self.options)
+
+    def run(self) -> Calibration:
+        choices = None if self.config.budget is None else self._measure()
+        sizes = self._sizes(choices)
+        layers, errors = self._fit(sizes)
+        result = CalibrationResult(
+            layers=tuple(_row(target, sizes[target.name], errors, choices) for target in self.targets),
+            settings=_settings(self.config),
+        )
+        kept = {"base_model_name_or_path": self.config.base_model_name_or_path, "revision": self.config.revision}
+        return Calibration(layers=layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
+
+    def _measure(self) -> dict[str, LayerChoices]:
+        """The errors of all options, on the dense model's inputs."""
+        features = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
+        assert isinstance(features, nn.Module)
+        walk = walk_dense(
+            self.model,
+            self.route,
+            self.batches,
+            features=features,
+            held_out=self.options.held_out,
+            token_weights=self.token_weights,
+        )
+        found: dict[str, LayerChoices] = {}
+        for inputs in _progress(walk, len(self.targets), "Measuring options"):
+            linear, stream = inputs.linear, self.streams.get(inputs.name)
+            menu = layer_menu(
+                linear.out_features, linear.in_features, linear.bias is not None, shapes=self.options.menu_shapes
+            )
+            weights = None if stream is None else stream.scale.square()
+            near = self.config.target_params or self.config.target_flops or 0.25
+            choices = layer_choices(inputs, menu, output_weights=weights, ridge=self.options.ridge, near=near)
+            found[inputs.name] = choices
+        return found
+
+    def _sizes(self, choices: Mapping[str, LayerChoices] | None) -> dict[str, Option]:
+        if choices is None:
+            return {target.name: _option(target) for target in self.targets}
+        chosen = allocate(
+            [choices[target.name] for target in self.targets],
+            target_params=self.config.target_params,
+            target_flops=self.config.target_flops,
+            max_error=self.config.max_error,
+            flops_weight=self.options.flops_weight,
+        )
+        if all(option.is_dense for option in chosen.values()):
+            budget = self.config.budget or ""
+            raise ValueError(
+                f"{budget}={getattr(self.config, budget)} leaves every layer dense: nothing would be converted"
+            )
+        return chosen
+
+    def _fit(self, sizes: Mapping[str, Option]) -> tuple[dict[str, KronLinear], dict[str, float]]:
+        layers: dict[str, KronLinear] = {}
+        errors: dict[str, float] = {}
+
+        def fitting(problem: Problem) -> nn.Module | None:
+            option = sizes[problem.name]
+            if option.block_size is None or option.rank is None:
+                return None
+            layer, error = fitted_layer(
+                problem, option.block_size, option.rank, ridge=self.options.ridge, sweeps=self.options.sweeps
+            )
+            layers[problem.name], errors[problem.name] = layer, error**0.5
+            return layer
+
+        walk = calibrate_in_order(
+            self.model, self.route, self.batches, fitting, streams=self.streams, token_weights=self.token_weights
+        )
+        with tqdm(walk, total=len(self.targets), desc="Calibrating", unit="layer", delay=1.0, leave=False) as bar:
+            for name in bar:
+                bar.set_postfix_str(f"{name}: error {errors.get(name, 0.0):.3f}")
+        return layers, errors
+
+
+def _progress(walk: Iterator[Any], total: int, what: str) -> Iterator[Any]:
+    return tqdm(walk, total=total, desc=what, unit="layer", delay=1.0, leave=False)
+
+
+def _batches(model: nn.Module, data: Any, options: CalibrationConfig) -> Batches:
+    parameter = next(model.parameters())
+    return Batches(
+        data,
+        collate=_collate_for(model),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+
+
+def _collate_for(model: nn.Module) -> Callable[[list[Any]], Any]:
+    """Trainer's default collator, on the columns that the model takes."""
+    accepted = inspect.signature(model.forward).parameters
+
+    def collate(examples: list[Any]) -> Any:
+        if isinstance(examples[0], Mapping):
+            examples = [{name: value for name, value in each.items() if name in accepted} for each in examples]
+            return default_data_collator(examples)
+        first = [each[0] if isinstance(each, tuple | list) else each for each in examples]
+        return torch.stack(first)
+
+    return collate
+
+
+def _token_weights(model: nn.Module, route: Route, batch: Batch, options: CalibrationConfig) -> TokenWeights:
+    readout = options.readout
+    if readout is None:
+        readout = "cls" if reads_first_token_alone(model, route, batch) else "all"
+    if readout == "all":
+        return no_weights
+    tokens = token_count(model, route, batch)
+    if tokens is None:
+        raise ValueError("readout='cls' needs a model whose blocks give [batch, tokens, features]")
+    return cls_weights(tokens)
+
+
+def _few(batch: Batch) -> Batch:
+    """The first examples of a batch."""
+    tensor = first_tensor(batch)
+    size = 0 if tensor is None else len(tensor)
+    return {
+        name: value[:FEW] if isinstance(value, torch.Tensor) and len(value) == size else value
+        for name, value in batch.items()
+    }
+
+
+def _option(target: Target) -> Option:
+    linear = target.linear
+    sizes = (linear.out_features, linear.in_features, linear.bias is not None)
+    return kron_option(*sizes, target.block_size, target.rank)
+
+
+def _row(
+    target: Target, option: Option, errors: Mapping[str, float], choices: Mapping[str, LayerChoices] | None
+) -> CalibratedLayer:
+    own = None if choices is None else choices[target.name]
+    return CalibratedLayer(
+        name=target.name,
+        out_features=target.linear.out_features,
+        in_features=target.linear.in_features,
+        has_bias=target.linear.bias is not None,
+        block_size=option.block_size,
+        rank=option.rank,
+        error=errors.get(target.name, 0.0),
+        held_out_error=None if own is None else own.errors[own.options.index(option)] ** 0.5,
+        sensitivity=None if own is None else own.sensitivity,
+    )
+
+
+def _settings(config: KronConfig) -> dict[str, Any]:
+    if config.budget is None:
+        return {"block_size": config.block_size, "rank": config.rank}
+    return {config.budget: getattr(config, config.budget)}

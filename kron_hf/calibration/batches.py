@@ -1,0 +1,137 @@
+"""Calibration data, read again for every pass: the same batches in the same order each time."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+__all__ = ["Batch", "Batches"]
+
+Batch = dict[str, Any]
+LABELS = ("labels", "label", "label_ids")
+
+
+class Batches:
+    """Batches of a model's inputs, to be iterated any number of times, with the same random numbers each time.
+
+    The global random states of torch and Python are set for the time that a batch is read, and put back, so that a
+    shuffled loader, or one with random augmentation, gives the same batches in every pass.
+
+    Args:
+        data: A `DataLoader`, a list or other re-iterable of batches, or a data set of single examples. A batch is a
+            mapping of the model's arguments, or a tensor for its first argument (of a tuple, the first entry).
+        collate: Makes a batch of a list of examples.
+        batch_size: Examples a batch, if `data` is a data set.
+        seed: Of the random numbers.
+        device: Where batches go; None leaves them.
+        dtype: What their floating point tensors become; None leaves them.
+
+    Raises:
+        TypeError: `data` can be read only once, as a generator.
+        ValueError: There is no batch in it.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(data, Tensor | str | bytes | Mapping) or not (
+            isinstance(data, Iterable) or hasattr(data, "__getitem__")
+        ):
+            raise TypeError(
+                "calibration_data must be a DataLoader, a data set or a list of batches, got " + type(data).__name__
+            )
+        if isinstance(data, Iterator):
+            raise TypeError(
+                f"calibration_data is read several times, which a {type(data).__name__} does not allow: pass a list, "
+                "a data set or a DataLoader"
+            )
+        self._loader: Iterable[Any] = data
+        if not isinstance(data, DataLoader) and _holds_examples(data):
+            self._loader = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate)
+        self._seed, self._device, self._dtype = seed, device, dtype
+        self._sums: list[float] = []
+        if next(iter(self), None) is None:
+            raise ValueError("calibration_data is empty: it holds no batch")
+        self._sums.clear()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass.
+
+        Raises:
+            ValueError: A batch differs from that of the first pass.
+        """
+        with _same_random_numbers(self._seed):
+            source = iter(self._loader)
+        for index in range(2**63):
+            with _same_random_numbers(self._seed + 1 + index):
+                found = next(source, None)
+            if found is None:
+                return
+            batch = _as_batch(found)
+            self._check_same(index, batch)
+            yield self._moved(batch)
+
+    def __len__(self) -> int:
+        """Number of batches; takes a pass if the source does not know it."""
+        return len(self._loader) if isinstance(self._loader, Sized) else sum(1 for _ in self)
+
+    def _check_same(self, index: int, batch: Batch) -> None:
+        total = sum(float(v.double().sum()) for v in batch.values() if isinstance(v, Tensor))
+        if index == len(self._sums):
+            self._sums.append(total)
+        elif total != self._sums[index] and total == total:
+            raise ValueError(
+                f"calibration_data gave another batch {index} than before: every pass must read the same batches in "
+                "the same order. Pass shuffle=False and no random augmentation, or a list of batches"
+            )
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: self._move(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def _move(self, value: Tensor) -> Tensor:
+        return value.to(device=self._device, dtype=self._dtype if value.is_floating_point() else None)
+
+
+def _holds_examples(data: Any) -> bool:
+    """Whether it is a data set of single examples and not a sequence of batches."""
+    if not hasattr(data, "__getitem__") or not isinstance(data, Sized) or not len(data):
+        return False
+    first = data[0]
+    if isinstance(first, Mapping):
+        tensors = [value for name, value in first.items() if name not in LABELS and isinstance(value, Tensor)]
+        return not tensors or any(tensor.ndim in (1, 3) for tensor in tensors[:1])
+    first = first[0] if isinstance(first, tuple | list) and first else first
+    return not isinstance(first, Tensor) or first.ndim in (1, 3)
+
+
+def _as_batch(found: Any) -> Batch:
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if isinstance(found, Tensor):
+        return {"": found}
+    if isinstance(found, Mapping):
+        return {str(name): value for name, value in found.items() if name not in LABELS}
+    raise TypeError(f"a batch of calibration_data must be a mapping or a tensor, got {type(found).__name__}")
+
+
+@contextmanager
+def _same_random_numbers(seed: int) -> Iterator[None]:
+    state = random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)

@@ -1,0 +1,164 @@
+"""The inputs of all linears in the dense model, block by block: what the choice of shapes and ranks is made from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.features import Features
+from kron_hf.calibration.moments import Covariances, Moments
+from kron_hf.calibration.passes import Finish, evaluation, first_tensor, hooked, run, swapped
+from kron_hf.calibration.route import Block, Route
+from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.token_weights import TokenWeights, no_weights
+
+__all__ = ["Inputs", "Sensitivity", "walk_dense"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one linear in the dense model.
+
+    Attributes:
+        name: The linear's name.
+        linear: The linear.
+        fitting: Covariances with its outputs, of the examples to fit on.
+        held_out: Of the examples that only judge; the same as `fitting` if there are too few examples to split.
+        feature_error: From a module that takes the linear's place to the relative squared error of the features.
+    """
+
+    name: str
+    linear: nn.Linear
+    fitting: Covariances
+    held_out: Covariances
+    feature_error: Callable[[nn.Module], float]
+
+
+def walk_dense(
+    model: nn.Module,
+    route: Route,
+    batches: Batches,
+    *,
+    features: nn.Module,
+    held_out: float = 0.25,
+    judging: int = 2,
+    token_weights: TokenWeights = no_weights,
+) -> Iterator[Inputs]:
+    """Yields the inputs of the linears in the order of the route; memory is taken for one block at a time.
+
+    Args:
+        model: The dense model; between two linears it is in its own state.
+        route: What `find_route` found.
+        batches: The calibration data.
+        features: The module whose output tells how much an error matters.
+        held_out: Share of the examples that are not fitted.
+        judging: Batches that `feature_error` runs.
+        token_weights: How much each row counts.
+
+    Raises:
+        ValueError: Activations are not finite.
+    """
+    with evaluation(model):
+        first = next(iter(batches))
+        side = Side(model, batches, {}, begins_anywhere(model, route, first))
+        few = [batch for batch, _ in zip(batches, range(judging), strict=False)]
+        judge = Features(model, features, few, token_weights)
+    for block in route.blocks:
+        with evaluation(model):
+            moments = _collect(model, side, block, held_out, token_weights)
+        for stage in block.stages:
+            fitting, held = (part.result() for part in moments.pop(stage[0]))
+            for name in stage:
+                linear = model.get_submodule(name)
+                assert isinstance(linear, nn.Linear)
+                weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+                error = Sensitivity(model, side, judge, name)
+                yield Inputs(name, linear, fitting.linear(weight, bias), held.linear(weight, bias), error)
+        with evaluation(model):
+            side.finish(block.name)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the features suffer when one linear is replaced: called with the replacement."""
+
+    model: nn.Module
+    side: Side
+    judge: Features
+    name: str
+
+    def __call__(self, replacement: nn.Module) -> float:
+        errors: list[float] = []
+        with evaluation(self.model):
+            for index in range(len(self.judge.batches)):
+                with self.side.at(index), swapped(self.model, {self.name: replacement}):
+                    errors.append(self.judge.relative_error(index))
+        return sum(errors) / len(errors)
+
+
+def _collect(
+    model: nn.Module, side: Side, block: Block, held_out: float, token_weights: TokenWeights
+) -> dict[str, tuple[Moments, Moments]]:
+    """Moments of the inputs of each stage: of the examples to fit on, and of the others."""
+    result: dict[str, tuple[Moments, Moments]] = {}
+    seen = 0
+    for stage in block.stages:
+        linear = model.get_submodule(stage[0])
+        assert isinstance(linear, nn.Linear)
+        result[stage[0]] = (_moments(linear), _moments(linear))
+    last = block.stages[-1][0]
+    for index, batch in enumerate(side.batches):
+        examples = _examples(batch)
+        held = _held_out(seen, examples, held_out)
+        seen += examples
+
+        def saw(name: str, batch: Batch, held: Tensor) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                _add(result[name], name, x, batch, held, token_weights)
+                if name == last:
+                    raise Finish
+
+            return see
+
+        with (
+            side.at(index),
+            hooked(before={model.get_submodule(stage[0]): saw(stage[0], batch, held) for stage in block.stages}),
+        ):
+            run(model, batch)
+    return {name: parts if parts[1].weight else (parts[0], parts[0]) for name, parts in result.items()}
+
+
+def _add(
+    moments: Sequence[Moments], name: str, x: Tensor, batch: Batch, held: Tensor, token_weights: TokenWeights
+) -> None:
+    weights = token_weights(batch, x)
+    weights = torch.ones(x.shape[:-1].numel(), dtype=torch.float64, device=x.device) if weights is None else weights
+    rows = len(weights) // len(held)
+    # Where an example's rows are not together, as in some windows, the split is one of rows.
+    judges = (
+        held.to(x.device).repeat_interleave(rows) if rows * len(held) == len(weights) else held[:1].expand(len(weights))
+    )
+    for part, chosen in zip(moments, (~judges, judges), strict=True):
+        if bool(chosen.any()):
+            try:
+                part.update(x.reshape(-1, x.shape[-1])[chosen], None, weights[chosen])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def _moments(linear: nn.Linear) -> Moments:
+    return Moments(linear.in_features, 0, device=linear.weight.device)
+
+
+def _examples(batch: Batch) -> int:
+    tensor: Any = first_tensor(batch)
+    return 1 if tensor is None else len(tensor)
+
+
+def _held_out(seen: int, examples: int, share: float) -> Tensor:
+    """Which of the next examples judge: as many as the share says, evenly spread; never the first."""
+    count = torch.arange(seen, seen + examples + 1, dtype=torch.float64) * share
+    return count.floor().diff() > 0

@@ -1,0 +1,174 @@
+"""Fits layer after layer, each on the inputs that it gets from the model converted so far.
+
+Errors of the layers before thus reach the fit, which can mend them: a linear's targets are the outputs of the dense
+model, and where it writes the residual stream, the stream of the dense model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.moments import Covariances, Moments
+from kron_hf.calibration.passes import Finish, evaluation, hooked, run
+from kron_hf.calibration.route import Block, Route
+from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.streams import Stream, watched
+from kron_hf.calibration.token_weights import TokenWeights, no_weights
+
+__all__ = ["Fitting", "Problem", "calibrate_in_order"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be fitted in place of one linear.
+
+    Attributes:
+        name: The linear's name.
+        linear: The linear.
+        covariances: Of its inputs in the model converted so far, and of the wanted outputs.
+        output_weights: How much each output feature counts, `[out_features]`; None is all alike.
+    """
+
+    name: str
+    linear: nn.Linear
+    covariances: Covariances
+    output_weights: Tensor | None
+
+
+# The layer that takes the place of a linear; None leaves it as it is.
+Fitting = Callable[[Problem], nn.Module | None]
+
+
+def calibrate_in_order(
+    model: nn.Module,
+    route: Route,
+    batches: Batches,
+    fitting: Fitting,
+    *,
+    streams: Mapping[str, Stream] | None = None,
+    token_weights: TokenWeights = no_weights,
+) -> Iterator[str]:
+    """Fits the linears of a route in their order, and yields the name of each when it is done.
+
+    The model itself is not changed: `fitting` keeps the layers. Between two names it is in its own state, so that a
+    caller may stop at any time.
+
+    Args:
+        model: The dense model.
+        route: What `find_route` found.
+        batches: The calibration data.
+        fitting: Makes the layer of each problem.
+        streams: Of the linears whose targets shall mend the residual stream.
+        token_weights: How much each row counts.
+
+    Raises:
+        ValueError: Activations are not finite.
+    """
+    walk = _Walk(model, batches, fitting, streams or {}, token_weights)
+    with evaluation(model):
+        walk.start(begins_anywhere(model, route, next(iter(batches))))
+    for block in route.blocks:
+        for stage in block.stages:
+            with evaluation(model):
+                walk.fit(stage)
+            yield from stage
+        with evaluation(model):
+            walk.leave(block)
+
+
+@dataclass
+class _Walk:
+    model: nn.Module
+    batches: Batches
+    fitting: Fitting
+    streams: Mapping[str, Stream]
+    token_weights: TokenWeights
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+
+    def start(self, keeps: bool) -> None:
+        self.dense = Side(self.model, self.batches, {}, keeps)
+        self.converted = Side(self.model, self.batches, self.layers, keeps)
+
+    def fit(self, stage: tuple[str, ...]) -> None:
+        linears = {name: self._linear(name) for name in stage}
+        stream = self.streams.get(stage[0])
+        moments = _moments_of(linears)
+        for index, batch in enumerate(self.batches):
+            x, targets = (
+                self._targets(index, batch, stage)
+                if stream is None
+                else self._stream_targets(index, batch, stage[0], stream)
+            )
+            weights = self.token_weights(batch, x)
+            rows = [target.reshape(-1, target.shape[-1]) for target in targets]
+            try:
+                moments.update(x.reshape(-1, x.shape[-1]), torch.cat(rows, -1), weights)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(stage)}: {error}") from None
+        weights = None if stream is None else stream.scale.square()
+        sizes = [linear.out_features for linear in linears.values()]
+        for (name, linear), covariances in zip(linears.items(), moments.result().split(sizes), strict=True):
+            layer = self.fitting(Problem(name, linear, covariances, weights))
+            if layer is not None:
+                self.layers[name] = layer
+
+    def leave(self, block: Block) -> None:
+        self.dense.finish(block.name)
+        self.converted.finish(block.name)
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def _targets(self, index: int, batch: Batch, stage: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        outputs: dict[str, Tensor] = {}
+        with (
+            self.dense.at(index),
+            hooked(after={self._linear(name): _keep(outputs, name, stage[-1]) for name in stage}),
+        ):
+            run(self.model, batch)
+        return self._input(index, batch, stage[0]), [outputs[name] for name in stage]
+
+    def _input(self, index: int, batch: Batch, name: str) -> Tensor:
+        inputs: dict[str, Tensor] = {}
+        with self.converted.at(index), hooked(before={self._linear(name): _keep(inputs, name, name)}):
+            run(self.model, batch)
+        return inputs[name]
+
+    def _stream_targets(self, index: int, batch: Batch, name: str, stream: Stream) -> tuple[Tensor, list[Tensor]]:
+        """The linear's own output in the converted model, and what the stream lacks there, in the linear's units."""
+        kept: dict[str, Tensor] = {}
+        with self.dense.at(index), watched(self.model, stream, _keep(kept, "dense")):
+            run(self.model, batch)
+        linear = self._linear(name)
+        with (
+            self.converted.at(index),
+            hooked(before={linear: _keep(kept, "x")}, after={linear: _keep(kept, "y")}),
+            watched(self.model, stream, _keep(kept, "converted")),
+        ):
+            run(self.model, batch)
+        lacking = kept["dense"].double() - kept["converted"].double()
+        scale = stream.scale
+        usable = scale.abs() > 1e-6 * scale.abs().max()
+        mended = lacking / torch.where(usable, scale, torch.inf)
+        return kept["x"], [kept["y"].double() + mended]
+
+
+def _moments_of(linears: Mapping[str, nn.Linear]) -> Moments:
+    first = next(iter(linears.values()))
+    return Moments(
+        first.in_features, sum(linear.out_features for linear in linears.values()), device=first.weight.device
+    )
+
+
+def _keep(into: dict[str, Tensor], name: str, last: str = "") -> Callable[[Tensor], None]:
+    def see(value: Tensor) -> None:
+        into[name] = value.clone()  # it may be changed in place later
+        if name == last:
+            raise Finish
+
+    return see

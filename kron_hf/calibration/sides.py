@@ -1,0 +1,162 @@
+"""The two models of a calibration, the dense one and the one converted so far, and passes that begin in the middle.
+
+Both are the same module tree: for a pass through the converted model its new layers take the places of the linears.
+A pass need not compute the blocks that are finished: the last of them gives back the output that it gave before, and
+those ahead of it something of the same shape, which nobody looks at (`begins_anywhere` makes sure of that).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.passes import Finish, hooked, run, skipped, swapped
+from kron_hf.calibration.route import Route
+
+__all__ = ["Side", "begins_anywhere"]
+
+MEMORY = 2**32  # bytes that the kept outputs of one side may take
+
+
+class Side:
+    """One of the two models.
+
+    Args:
+        model: The module tree.
+        batches: The data.
+        layers: What takes the place of linears by name; may grow.
+        keeps: Whether outputs of finished blocks are kept. Without them every pass begins with the inputs.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module], keeps: bool) -> None:
+        self.model, self.batches, self.layers = model, batches, layers
+        self.keeps = keeps
+        self._finished: list[dict[str, Any]] = []  # of each batch, what the finished blocks give back
+        self._last: str | None = None
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
+        """The model ready for a pass with batch number `index`."""
+        outputs = self._finished[index] if self._last is not None else {}
+        if self._last is not None:
+            outputs = outputs | {self._last: _map(outputs[self._last], self._back)}
+        with swapped(self.model, self.layers), skipped(self.model, outputs):
+            yield
+
+    def finish(self, block: str) -> None:
+        """Runs all batches to the end of a block and keeps what it gives."""
+        if not self.keeps:
+            return
+        kept = 0
+        for index, batch in enumerate(self.batches):
+            output = self._output(block, index, batch)
+            if index == 0 and not _is_plain(output):
+                self.keeps = False
+                return
+            before = self._finished[index] if index < len(self._finished) else {}
+            if self._last is not None:
+                before = {**before, self._last: _map(before[self._last], _shape_alone)}
+            kept += _size(output)
+            entry = before | {block: _map(output, _to_memory)}
+            self._finished[index : index + 1] = [entry]
+            if kept > MEMORY:
+                self._give_up()
+                return
+        self._last = block
+
+    def _output(self, block: str, index: int, batch: Batch) -> Any:
+        found: list[Any] = []
+
+        def see(output: Any) -> None:
+            found.append(output)
+            raise Finish
+
+        with self.at(index), hooked(after={self.model.get_submodule(block): see}):
+            run(self.model, batch)
+        return found[0]
+
+    def _back(self, kept: Tensor) -> Tensor:
+        # A copy: what follows may change it in place.
+        return kept.to(next(self.model.parameters()).device, copy=True)
+
+    def _give_up(self) -> None:
+        warnings.warn(
+            f"calibration keeps outputs of at most {MEMORY / 2**30:.0f} GiB; beyond that every pass begins with the "
+            "inputs, which takes longer. Fewer calibration examples would do as well",
+            stacklevel=2,
+        )
+        self.keeps, self._last = False, None
+        self._finished.clear()
+
+
+def begins_anywhere(model: nn.Module, route: Route, batch: Batch) -> bool:
+    """Whether passes that begin after any block give each layer the input that it has in a whole pass, to the bit."""
+    if not route.in_turn:
+        return False
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
+    firsts = {block.name: model.get_submodule(block.stages[0][0]) for block in route.blocks}
+    linears = {module: _keeping(inputs, name) for name, module in firsts.items()}
+    blocks = {model.get_submodule(block.name): _keeping(outputs, block.name) for block in route.blocks}
+    with hooked(before=linears, after=blocks):
+        run(model, batch)
+    if not all(_is_plain(output) for output in outputs.values()):
+        return False
+    done: dict[str, Any] = {}
+    for block, following in zip(route.blocks, route.blocks[1:], strict=False):
+        done = {name: _map(output, _shape_alone) for name, output in done.items()} | {block.name: outputs[block.name]}
+        again: dict[str, Tensor] = {}
+        with skipped(model, done), hooked(before={firsts[following.name]: _ending(again, following.name)}):
+            run(model, batch)
+        if following.name not in again or not torch.equal(again[following.name], inputs[following.name]):
+            return False
+    return True
+
+
+def _keeping(into: dict[str, Any], name: str) -> Callable[[Any], None]:
+    def see(value: Any) -> None:
+        into[name] = _map(value, Tensor.clone)
+
+    return see
+
+
+def _ending(into: dict[str, Any], name: str) -> Callable[[Any], None]:
+    def see(value: Any) -> None:
+        into[name] = value
+        raise Finish
+
+    return see
+
+
+def _is_plain(output: Any) -> bool:
+    """Whether an output is a tensor, or a tuple or list that holds nothing but tensors and None."""
+    if isinstance(output, tuple | list):
+        return type(output) in (tuple, list) and all(_is_plain(value) for value in output)
+    return output is None or isinstance(output, Tensor)
+
+
+def _map(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple | list):
+        return type(output)(_map(value, change) for value in output)
+    return output
+
+
+def _shape_alone(tensor: Tensor) -> Tensor:
+    """A tensor of zeros of the same shape that takes no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
+
+
+def _to_memory(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+def _size(output: Any) -> int:
+    if isinstance(output, tuple | list):
+        return sum(_size(value) for value in output)
+    return output.numel() * output.element_size() if isinstance(output, Tensor) else 0
