@@ -1,9 +1,9 @@
 """`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,14 +26,11 @@ from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weig
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
-from kron_hf.surgery import replace_modules
 from kron_hf.targets import Target, find_targets
 
 __all__ = ["Calibration", "calibrate"]
 
 FEW = 4  # examples that show where the residual stream is
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)

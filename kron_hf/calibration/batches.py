@@ -63,7 +63,6 @@ class Batches:
         self._sums: list[float] = []
         if next(iter(self), None) is None:
             raise ValueError("calibration_data is empty: it holds no batch")
-        self._sums.clear()
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass.

@@ -47,7 +47,7 @@ def fitted_layer(
     layer = layer_with(linear, block_size, torch.ones_like(a[0]) if mask is None else mask.to(a), a, b, covariances)
     if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
         raise ValueError(f"{problem.name}: the fitted factors are too large for {linear.weight.dtype}")
-    weight = layer.dense_weight().to(a)  # as stored: what a narrow dtype loses is part of the error
+    weight = layer.dense_weight().detach().to(a)  # as stored: what a narrow dtype loses is part of the error
     return layer, output_error(covariances, weight, output_weights=weights)
 
 

@@ -4,7 +4,7 @@ With `W = sum_i A_i (x) B_i`, blocks (bo, bi), O x I of them, the weighted error
 `sum_jk d_jk (W_jk C W_jk^T - 2 W_jk G_jk^T)` is quadratic in A. Its block rows j are independent; that of row j has the
 unknowns a_j `[r * I]` and the normal equations `M_j a_j = h_j`:
 `M_j[(i,l),(i',l')] = sum_k d_jk B_i[k,:] C[l,:,l',:] B_i'[k,:]^T`, `h_j[(i,l)] = sum_k d_jk B_i[k,:] . G[jk,l,:]`.
-Where the output weights are a product `d_jk = e_j f_k` (none at all, blocks of one row, ...) one matrix serves all rows.
+Where the output weights are a product `d_jk = e_j f_k` (none, blocks of one row, ...) one matrix serves all rows.
 """
 
 import math
@@ -50,7 +50,7 @@ class Quadratic:
 
     @cached_property
     def common(self) -> Tensor:
-        """f of the best `d = e f`: the weights within a block row, averaged over the rows, `[bo]`."""
+        """The weights within a block row, averaged over the rows: f of the best `d = e f`, `[bo]`."""
         return self.d.sum(0) / self.d.sum()
 
     @cached_property
@@ -130,7 +130,7 @@ def _costs_less_by_rows(quadratic: Quadratic, rank: int, mask: Tensor | None) ->
 
 
 def _slices_cost(quadratic: Quadratic, rank: int) -> float:
-    out_blocks, block_out, in_blocks, block_in = quadratic.g.shape
+    _, block_out, in_blocks, block_in = quadratic.g.shape
     size = (rank * in_blocks) ** 2
     return block_out * rank * (in_blocks * block_in) ** 2 if block_out * size <= ENTRIES else math.inf
 

@@ -39,7 +39,9 @@ class LowRankPath:
             held_out: Covariances of other data; None for those of the fit.
         """
         moments = self.covariances if held_out is None else held_out
-        weights = moments.v.new_ones(len(moments.v)) if self.output_weights is None else self.output_weights.to(moments.v)
+        weights = (
+            moments.v.new_ones(len(moments.v)) if self.output_weights is None else self.output_weights.to(moments.v)
+        )
         total = weights @ moments.v
         if not float(total):
             return torch.zeros_like(moments.v[: len(self.left)])
@@ -50,7 +52,7 @@ class LowRankPath:
         return ((total + added.cumsum(0)) / total).clamp_min(0)
 
     def factors(self, rank: int, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """a `[rank, O, I]`, b `[rank, bo, bi]` of the best fit of that rank, for blocks (1, in) or (out, 1)."""
+        """The best fit of that rank as a `[rank, O, I]`, b `[rank, bo, bi]`, for blocks (1, in) or (out, 1)."""
         out_features, in_features = self.left.shape[1], self.right.shape[1]
         left, right = self.left[:rank], self.right[:rank]
         if block_size == (1, in_features):

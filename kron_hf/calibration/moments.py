@@ -61,7 +61,9 @@ class Covariances:
         """Parts with so many outputs each, for layers that read the same x (q, k, v): they share C and its memory."""
         if sum(out_features) != len(self.v):
             raise ValueError(f"out_features must add up to {len(self.v)}, got {out_features}")
-        parts = zip(self.mean_y.split(out_features), self.g.split(out_features), self.v.split(out_features), strict=True)
+        parts = zip(
+            self.mean_y.split(out_features), self.g.split(out_features), self.v.split(out_features), strict=True
+        )
         return [replace(self, mean_y=mean, g=g, v=v) for mean, g, v in parts]
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Covariances":
@@ -75,9 +77,9 @@ class Covariances:
 class Moments:
     """Accumulates the moments of x and t batch by batch.
 
-    The sums are kept in float64 and take `in * in + out * in` numbers, however many rows there are. On a CPU the products
-    within a batch of float32 (or narrower) data are computed in float32 after the batch has been centred in float64,
-    unless that could overflow; elsewhere in float64, which no setting of the matrix units changes.
+    The sums are kept in float64 and take `in * in + out * in` numbers, however many rows there are. On a CPU the
+    products within a batch of float32 (or narrower) data are computed in float32 after the batch has been centred in
+    float64, unless that could overflow; elsewhere in float64, which no setting of the matrix units changes.
 
     Args:
         in_features: Size of x.

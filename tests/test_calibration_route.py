@@ -1,0 +1,159 @@
+"""The way through a model: order, blocks, streams, readout, and passes that begin in the middle."""
+
+import pytest
+import tiny_calibration as tiny
+import torch
+from torch import nn
+
+from kron_hf import KronConfig
+from kron_hf.calibration.batches import Batches
+from kron_hf.calibration.passes import hooked, run, skipped, swapped
+from kron_hf.calibration.readout import reads_first_token_alone, token_count
+from kron_hf.calibration.route import find_route
+from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.streams import find_streams
+from kron_hf.targets import find_targets
+
+MODELS = {"ViT": tiny.vit, "DINOv2": tiny.dinov2, "BERT": tiny.bert, "Swin": tiny.swin}
+
+
+def setting(name):
+    model = MODELS[name]()
+    batches = Batches(tiny.text_batches() if name == "BERT" else tiny.image_batches())
+    targets = find_targets(model, KronConfig(block_size=(1, -1), rank=1), compare_cost=False)
+    return model, batches, find_route(model, [target.name for target in targets], next(iter(batches)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_visited_in_order_and_those_with_one_input_together(name):
+    model, batches, route = setting(name)
+    assert route.in_turn
+    assert [len(stage) for stage in route.blocks[0].stages] == [3, 1, 1, 1]
+    assert begins_anywhere(model, route, next(iter(batches)))
+    if name == "Swin":  # downsampling stands between the stages
+        assert [block.name for block in route.blocks] == [
+            *("swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1", "swin.encoder.layers.1.blocks.0"),
+        ]
+
+
+def test_a_layer_that_is_never_used_is_named():
+    model = tiny.vit()
+    model.vit.unused = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"vit\.unused: the model does not use this layer.*exclude_modules"):
+        find_route(model, ["vit.layers.0.mlp.fc1", "vit.unused"], tiny.image_batches()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "writers"),
+    [
+        ("ViT", ["attention.o_proj", "mlp.fc2"]),
+        ("DINOv2", ["attention.o_proj", "mlp.fc2"]),
+        ("BERT", ["attention.output.dense", "output.dense"]),
+        ("Swin", ["mlp.fc2"]),
+    ],
+)
+def test_projections_that_write_the_residual_stream_are_found_with_their_scale(name, writers):
+    model, batches, route = setting(name)
+    streams = find_streams(model, route, next(iter(batches)))
+    expected = [f"{block.name}.{writer}" for block in route.blocks for writer in writers]
+    if name == "Swin":  # windows permute the tokens, but for one that is the whole image
+        expected.insert(2, "swin.encoder.layers.1.blocks.0.attention.o_proj")
+    assert list(streams) == expected
+    for stream in streams.values():
+        wanted = torch.ones_like(stream.scale)
+        if name == "DINOv2":
+            scales = model.get_submodule(".".join(stream.module.split(".")[:3]))
+            wanted = (scales.layer_scale2 if stream.call is None else scales.layer_scale1).lambda1.double()
+        torch.testing.assert_close(stream.scale, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_streams_are_found_in_other_dtypes(dtype):
+    model = tiny.dinov2().to(dtype)
+    batch = {"pixel_values": tiny.pixels(4).to(dtype)}
+    names = [target.name for target in find_targets(model, KronConfig(block_size=(1, -1), rank=1))]
+    assert len(find_streams(model, find_route(model, names, batch), batch)) == 4
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ViT", True), ("DINOv2", False), ("BERT", True), ("Swin", False)])
+def test_what_the_head_reads_is_found(name, expected):
+    model, batches, route = setting(name)
+    batch = next(iter(batches))
+    assert reads_first_token_alone(model, route, batch) is expected
+    assert token_count(model, route, batch) == {"ViT": 17, "DINOv2": 17, "BERT": 12, "Swin": 16}[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pass_that_begins_in_the_middle_gives_the_same_bits(name):
+    model, batches, route = setting(name)
+    wanted = [run(model, batch) for batch in batches]
+    side = Side(model, batches, {}, keeps=True)
+    for block in route.blocks:
+        side.finish(block.name)
+        calls = []
+        first = model.get_submodule(route.blocks[0].stages[0][0])
+        for index, batch in enumerate(batches):
+            with side.at(index), hooked(before={first: calls.append}):
+                output = run(model, batch)
+            assert torch.equal(output[0], wanted[index][0])
+        assert not calls
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_passes_begin_with_the_inputs_where_a_later_part_reads_an_earlier_block():
+    class Unet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x):
+            first = self.blocks[0](x)
+            return self.blocks[2](self.blocks[1](first) + first)
+
+    torch.manual_seed(0)
+    model, batch = Unet(), {"": torch.randn(5, 4)}
+    route = find_route(model, [f"blocks.{i}.0" for i in range(3)], batch)
+    assert route.in_turn
+    assert not begins_anywhere(model, route, batch)
+
+
+def test_a_layer_that_is_called_twice_is_not_in_turn():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    route = find_route(Twice(), ["layer"], {"": torch.randn(5, 4)})
+    assert not route.in_turn
+
+
+def test_outputs_beyond_the_memory_are_given_up_and_passes_begin_with_the_inputs(monkeypatch):
+    model, batches, route = setting("ViT")
+    wanted = run(model, next(iter(batches))).logits
+    side = Side(model, batches, {}, keeps=True)
+    side.finish(route.blocks[0].name)
+    monkeypatch.setattr("kron_hf.calibration.sides.MEMORY", 30_000)
+    with pytest.warns(UserWarning, match="every pass begins with the inputs"):
+        side.finish(route.blocks[1].name)
+    with side.at(0):
+        assert torch.equal(run(model, next(iter(batches))).logits, wanted)
+
+
+def test_modules_are_put_back_after_an_error():
+    model = tiny.vit()
+    before = dict(model.named_modules())
+    name = "vit.layers.0.mlp.fc1"
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        swapped(model, {name: nn.Linear(32, 64)}),
+        skipped(model, {"vit.layers.0": torch.zeros(1)}),
+        hooked(before={model.vit: print}),
+    ):
+        assert model.get_submodule(name) is not before[name]
+        raise RuntimeError("stop")
+    assert dict(model.named_modules()) == before
+    assert "forward" not in model.get_submodule("vit.layers.0").__dict__
+    assert not model.vit._forward_pre_hooks
