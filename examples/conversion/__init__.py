@@ -1,0 +1,1 @@
+"""How much of a trained backbone a conversion keeps."""

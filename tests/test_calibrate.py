@@ -1,0 +1,219 @@
+"""`calibrate`, `get_kron_model(..., calibration_data=...)` and `preprocess_kron` on whole models."""
+
+import copy
+
+import pytest
+import tiny_calibration as tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from kron_hf import CalibrationConfig, KronConfig, KronLinear, calibrate, get_kron_model, kron_summary, preprocess_kron
+from kron_hf.calibration.passes import run
+
+MODELS = {
+    "ViT": (tiny.vit, tiny.image_batches),
+    "DINOv2": (tiny.dinov2, tiny.image_batches),
+    "BERT": (tiny.bert, tiny.text_batches),
+    "Swin": (tiny.swin, tiny.image_batches),
+}
+UNIFORM = {"block_size": (4, 8), "rank": 6}
+
+
+def output_error(model, dense, batch):
+    return (run(model, batch)[0] - run(dense, batch)[0]).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:These modules need as many FLOPs", "ignore:init_weights='nearest' kept")
+@pytest.mark.parametrize("name", MODELS)
+def test_calibration_keeps_more_of_a_model_than_the_nearest_factors(name):
+    build, data = MODELS[name]
+    dense, batches = build(), data(64, 16)
+    held_out = data(96, 96)[0]
+    errors = {}
+    for init in ("calibrated", "nearest", "random"):
+        torch.manual_seed(0)
+        given = {"calibration_data": batches} if init == "calibrated" else {}
+        model = get_kron_model(copy.deepcopy(dense), KronConfig(**UNIFORM, init_weights=init), **given)
+        errors[init] = output_error(model, dense, held_out)
+        assert not model.training
+    assert errors["calibrated"] < 0.7 * errors["nearest"]
+    assert errors["calibrated"] < 0.7 * errors["random"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_is_met_and_its_config_makes_the_same_layers(name):
+    build, data = MODELS[name]
+    model = build()
+    config = KronConfig(target_params=0.5, calibration_config={"menu_shapes": [(1, -1), (4, 8)], "sweeps": 2})
+    calibration = calibrate(model, config, data())
+    result = calibration.result
+    assert 0.45 < result.params / result.dense_params <= 0.5
+    assert set(calibration.layers) == set(calibration.config.modules)
+    again = get_kron_model(build(), KronConfig(**{**calibration.config.to_dict(), "init_weights": "random"}))
+    sizes = {name: (layer.block_size, layer.rank) for name, layer in calibration.layers.items()}
+    found = {n: (m.block_size, m.rank) for n, m in again.named_modules() if isinstance(m, KronLinear)}
+    assert found == sizes
+    summary = kron_summary(again)
+    stayed = sum(row.dense.params for row in result.layers if row.block_size is None)
+    assert summary.converted.deployed_params + stayed == result.params
+    assert not any(isinstance(module, KronLinear) for module in model.modules())
+    assert all(0 <= row.held_out_error < 1.5 for row in result.layers)
+    assert "layers converted" in str(result)
+
+
+def test_calibration_is_deterministic_and_takes_any_split_into_batches():
+    images = tiny.pixels(24)
+    config = KronConfig(**UNIFORM, init_weights="calibrated")
+    whole = calibrate(tiny.vit(), config, [{"pixel_values": images}]).layers
+    again = calibrate(tiny.vit(), config, [{"pixel_values": images}]).layers
+    parts = calibrate(tiny.vit(), config, [{"pixel_values": part} for part in images.split(7)]).layers
+    for name, layer in whole.items():
+        assert torch.equal(layer.a, again[name].a)
+        torch.testing.assert_close(layer.dense_weight(), parts[name].dense_weight(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_data_set_of_examples_with_labels_and_other_columns():
+    examples = [{"pixel_values": image, "labels": 0, "path": "x.png"} for image in tiny.pixels(10)]
+    calibration = calibrate(tiny.vit(), KronConfig(**UNIFORM), examples)
+    batches = calibrate(tiny.vit(), KronConfig(**UNIFORM), [{"pixel_values": tiny.pixels(10)}])
+    for name, layer in calibration.layers.items():
+        torch.testing.assert_close(layer.a, batches.layers[name].a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype):
+    dense = tiny.dinov2().to(dtype)
+    model = get_kron_model(copy.deepcopy(dense), KronConfig(**UNIFORM), calibration_data=tiny.image_batches())
+    layer = model.encoder.layer[0].mlp.fc1
+    assert layer.a.dtype == dtype
+    batch = {"pixel_values": tiny.pixels(8, seed=1).to(dtype)}
+    error = output_error(model.double(), dense.double(), {"pixel_values": batch["pixel_values"].double()})
+    assert error < 1.0
+
+
+def test_what_comes_out_saves_loads_and_trains(tmp_path):
+    model = get_kron_model(tiny.vit(), KronConfig(**UNIFORM), calibration_data=tiny.image_batches())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    batch = {"pixel_values": tiny.pixels(4)}
+    assert torch.equal(run(loaded, batch).logits, run(model, batch).logits)
+    loaded(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.vit.layers[0].mlp.fc1.parameters())
+
+
+def test_train_mode_with_dropout_is_restored_and_does_not_matter():
+    plain = calibrate(tiny.vit(), KronConfig(**UNIFORM), tiny.image_batches()).layers
+    model = tiny.vit()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.train()
+    layers = calibrate(model, KronConfig(**UNIFORM), tiny.image_batches()).layers
+    assert all(module.training for module in model.modules())
+    for name, layer in layers.items():
+        assert torch.equal(layer.a, plain[name].a)
+        assert layer.training
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        pytest.param(tiny.pixels(1), id="one image"),
+        pytest.param(tiny.pixels(1).expand(8, -1, -1, -1), id="all images equal"),
+        pytest.param(torch.zeros(4, 1, 16, 16), id="black images"),
+    ],
+)
+def test_few_and_degenerate_images_give_finite_layers(images):
+    dense = tiny.vit()
+    model = get_kron_model(
+        copy.deepcopy(dense), KronConfig(target_params=0.5), calibration_data=[{"pixel_values": images}]
+    )
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert output_error(model, dense, {"pixel_values": images}) < 0.1
+
+
+def test_a_layer_whose_outputs_never_change_is_fitted_by_its_bias():
+    dense = tiny.vit()
+    with torch.no_grad():
+        dense.vit.layers[0].mlp.fc2.weight.zero_()
+    calibration = calibrate(dense, KronConfig(**UNIFORM), tiny.image_batches())
+    layer = calibration.layers["vit.layers.0.mlp.fc2"]
+    assert all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "message"),
+    [
+        pytest.param({}, [], "calibration_data is empty", id="no data"),
+        pytest.param({"target_params": 1e-4}, None, "target_params=0.0001 is below the smallest", id="budget"),
+        pytest.param({"target_params": 1.0}, None, "leaves every layer dense", id="all dense"),
+        pytest.param({"init_weights": "random"}, None, "init_weights='random'.*calibration_data", id="random"),
+        pytest.param({"block_size": 5, "target_modules": ["fc1"]}, None, r"\(5, 5\) does not divide", id="block"),
+    ],
+)
+def test_bad_input_is_refused_and_the_model_stays(config, data, message):
+    model = tiny.vit()
+    with pytest.raises(ValueError, match=message):
+        get_kron_model(model, KronConfig(**config), calibration_data=tiny.image_batches() if data is None else data)
+    assert not any(isinstance(module, KronLinear) for module in model.modules())
+
+
+def test_calibrated_without_data_says_how_to_pass_it():
+    with pytest.raises(ValueError, match=r"needs calibration data: get_kron_model\(model, config, calibration_data"):
+        get_kron_model(tiny.vit(), KronConfig(init_weights="calibrated"))
+
+
+def test_an_interruption_leaves_the_model_dense(monkeypatch):
+    model, calls = tiny.vit(), []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return fitted(*args, **kwargs)
+
+    from kron_hf import calibrate as module_name  # noqa: F401
+    import sys
+
+    fitted = sys.modules["kron_hf.calibrate"].fitted_layer
+    monkeypatch.setattr(sys.modules["kron_hf.calibrate"], "fitted_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get_kron_model(model, KronConfig(**UNIFORM), calibration_data=tiny.image_batches())
+    assert {name: True for name in model.state_dict()} == {name: True for name in before}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "quantization_config" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("config", [{"rank": 6, "block_size": (4, 8)}, {"target_params": 0.5}], ids=["uniform", "budget"])
+def test_an_adapter_of_prepared_layers_computes_what_the_converted_model_does(config, tmp_path):
+    config = KronConfig(**config, init_weights="calibrated")
+    model = tiny.vit()
+    calibration = preprocess_kron(model, config, tiny.image_batches())
+    assert not any(isinstance(module, KronLinear) for module in model.modules())
+    adapted = get_peft_model(model, config).eval()
+    converted = get_kron_model(tiny.vit(), config, calibration_data=tiny.image_batches())
+    batch = {"pixel_values": tiny.pixels(4)}
+    assert torch.equal(run(adapted, batch).logits, run(converted, batch).logits)
+    assert set(adapted.peft_config["default"].modules) == set(calibration.layers)
+    adapted.save_pretrained(tmp_path)
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(tiny.vit(), tmp_path).eval()
+    assert torch.equal(run(loaded, batch).logits, run(adapted, batch).logits)
+
+
+def test_an_adapter_without_prepared_layers_says_what_to_call():
+    with pytest.raises(ValueError, match="preprocess_kron"):
+        get_peft_model(tiny.vit(), KronConfig(init_weights="calibrated"))
+
+
+def test_options_reach_the_fit():
+    data = tiny.image_batches()
+    few = calibrate(tiny.dinov2(), KronConfig(**UNIFORM, calibration_config=CalibrationConfig(sweeps=1)), data)
+    many = calibrate(tiny.dinov2(), KronConfig(**UNIFORM, calibration_config=CalibrationConfig(sweeps=12)), data)
+    assert many.result.layers[0].error < few.result.layers[0].error
+    cls = calibrate(tiny.dinov2(), KronConfig(**UNIFORM, calibration_config=CalibrationConfig(readout="cls")), data)
+    assert not torch.equal(cls.layers["encoder.layer.0.mlp.fc1"].a, few.layers["encoder.layer.0.mlp.fc1"].a)
