@@ -11,6 +11,7 @@ from kron_hf import versions  # noqa: F401  # raises before an unsupported libra
 # isort: split
 import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.block_size_callback import BlockSizeCallback
+from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.hub import push_to_hub
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockSizeCallback",
+    "CalibrationConfig",
     "KronConfig",
     "KronLinear",
     "KronTrainer",

@@ -1,12 +1,11 @@
 """`BlockSizeCallback`: block size and rank chosen during a training under the stock `Trainer`."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -205,13 +204,13 @@ class BlockSizeCallback(StatefulCallback):
         if saved is None:
             return
         self.result = SelectionResult.from_state(saved)
-        self.config, self._finished_state = _config_of(self.result), dict(saved)
+        self.config, self._finished_state = KronConfig.from_modules(self.result.modules), dict(saved)
         continue_schedule(scheduler, saved)
 
     def _finish(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         assert self.selector is not None
         self.result = self.selector.result
-        self.config = _config_of(self.result)
+        self.config = KronConfig.from_modules(self.result.modules)
         if state.is_world_process_zero:
             path = Path(str(args.output_dir), RESULT_FILE)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,9 +227,3 @@ class BlockSizeCallback(StatefulCallback):
         if candidate_layers(model) and not any(map(is_sharded, model.parameters())):
             replace_by_chosen(model)
             attach_kron_config(model)
-
-
-def _config_of(result: SelectionResult) -> KronConfig:
-    sizes = Counter((*entry["block_size"], entry["rank"]) for entry in result.modules.values())
-    ((out, in_, rank), _), *_ = sizes.most_common(1)
-    return KronConfig(block_size=(out, in_), rank=rank, modules=cast(dict[str, dict[str, Any]], result.modules))

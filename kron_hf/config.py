@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal, Self
 
 from peft import PeftConfig, TaskType
 
+from kron_hf.calibration_config import CalibrationConfig
+from kron_hf.config_checks import (
+    BlockSize,
+    checked_block_size,
+    checked_block_sizes,
+    checked_indices,
+    checked_list,
+    checked_names,
+    checked_pattern,
+    checked_rank,
+    checked_share,
+    is_int,
+)
 from kron_hf.escaping import shown
-from kron_hf.module_map import MAX_CANDIDATES, ModuleMap, checked_module_map
+from kron_hf.module_map import MAX_CANDIDATES, ModuleMap, checked_module_map, entry_sizes
 from kron_hf.peft_type import kron_peft_type
 
 __all__ = ["BlockSize", "KronConfig"]
 
-BlockSize = int | tuple[int, int]
 INIT_WEIGHTS = (None, "random", "nearest", "calibrated")
 FORMAT_VERSION = 1
 # What chooses modules; `modules` stands in their place.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 PATTERNS = ("block_size_pattern", "rank_pattern")
 CANDIDATES = ("candidate_block_sizes", "candidate_ranks")
+BUDGETS = ("target_params", "target_flops", "max_error")
 
 
 @dataclass
@@ -48,8 +61,16 @@ class KronConfig(PeftConfig):
         candidate_ranks: Ranks to choose from, in place of `rank`, combined with every candidate block size.
         init_weights: How the factors start. `"random"`: variance-matched noise. `"nearest"`: the best fit to the
             replaced weight in the Frobenius norm (not for candidates). `"calibrated"`: fitted to the layer's outputs
-            on data (not in this version). None: random for a model that was built from its config; an error for one
-            loaded from a checkpoint, since its weights would be lost.
+            on data (not in this version). None: calibrated with a budget or a `calibration_config`; else random for a
+            model that was built from its config, and an error for one loaded from a checkpoint, since its weights would
+            be lost.
+        target_params: Budget in place of `block_size` and `rank`: calibration data chooses both for every layer, or
+            leaves it dense, so that all layers together have at most this share of their dense parameters, in (0, 1].
+            Counted as deployed: A, B and the bias, with S folded into A.
+        target_flops: The same for their FLOPs.
+        max_error: The same with the fewest parameters of which no layer's outputs are further off on held-out data:
+            `||y - yhat|| / ||y - mean(y)||`, in (0, 1]. At most one of the three.
+        calibration_config: A `CalibrationConfig`, or its values as a dict: how the layers are fitted to the data.
         modules_to_save: Names or name endings of modules to train and save whole beside a PEFT adapter, such as a new
             `"classifier"`. They are left dense.
         modules: `{module name: {"block_size": [bo, bi], "rank": r}}`, what the fields above come to on a model. A
@@ -78,6 +99,12 @@ class KronConfig(PeftConfig):
     init_weights: Literal["random", "nearest", "calibrated"] | None = field(
         default=None, metadata={"help": "How the factors start."}
     )
+    target_params: float | None = field(default=None, metadata={"help": "Share of the dense parameters to stay below."})
+    target_flops: float | None = field(default=None, metadata={"help": "Share of the dense FLOPs to stay below."})
+    max_error: float | None = field(default=None, metadata={"help": "Largest relative error of a layer's outputs."})
+    calibration_config: CalibrationConfig | dict[str, Any] | None = field(
+        default=None, metadata={"help": "How layers are fitted to calibration data."}
+    )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
     modules: ModuleMap | None = field(default=None, metadata={"help": "Resolved block size and rank by module."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this layout."})
@@ -101,8 +128,8 @@ class KronConfig(PeftConfig):
             raise ValueError(f"KronConfig needs peft_type 'KRON', got {shown(self.peft_type)}")
         self.peft_type = kron_peft_type()
         _check_version(self.format_version)
-        self.block_size = _checked_block_size("block_size", self.block_size)
-        self.rank = _checked_rank("rank", self.rank, None if self._chooses() else self.block_size)
+        self.block_size = checked_block_size("block_size", self.block_size)
+        self.rank = checked_rank("rank", self.rank, None if self._chooses() else self.block_size)
         self._check_names()
         self._check_candidates()
         self._check_layer_selection()
@@ -114,6 +141,7 @@ class KronConfig(PeftConfig):
             # Fitted one after the other the first would take what all could have, and win.
             raise ValueError(f"candidates start with init_weights='random', got {shown(self.init_weights)}")
         self._check_modules()
+        self._check_calibration()
         self._check_inherited()
 
     @property
@@ -124,6 +152,31 @@ class KronConfig(PeftConfig):
         sizes = [self.block_size] if self.candidate_block_sizes is None else self.candidate_block_sizes
         ranks = [self.rank] if self.candidate_ranks is None else self.candidate_ranks
         return [(size, rank) for size in sizes for rank in ranks]
+
+    @classmethod
+    def from_modules(cls, modules: ModuleMap, **others: Any) -> Self:
+        """Replaces just the modules of a resolved map; its `block_size` and `rank` are the most frequent ones.
+
+        Raises:
+            ValueError: The map is empty, or malformed.
+        """
+        sizes = Counter(size for entry in checked_module_map(modules).values() for size in entry_sizes(entry))
+        ((block_size, rank), _), *_ = sizes.most_common(1)
+        return cls(block_size=block_size, rank=rank, modules=modules, **others)
+
+    @property
+    def budget(self) -> str | None:
+        """Which of `target_params`, `target_flops` and `max_error` is given."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
+    @property
+    def needs_data(self) -> str | None:
+        """What in this config only calibration data can give; None if nothing."""
+        if self.budget is not None:
+            return self.budget
+        if self.init_weights == "calibrated":
+            return "init_weights='calibrated'"
+        return None if self.calibration_config is None else "calibration_config"
 
     def _chooses(self) -> bool:
         return self.candidate_block_sizes is not None or self.candidate_ranks is not None
@@ -148,31 +201,24 @@ class KronConfig(PeftConfig):
     def _check_names(self) -> None:
         regex = not self._from_file
         self.block_size_pattern = {
-            name: _checked_block_size(f"block_size_pattern[{shown(name)}]", size)
-            for name, size in _checked_pattern("block_size_pattern", self.block_size_pattern, regex).items()
+            name: checked_block_size(f"block_size_pattern[{shown(name)}]", size)
+            for name, size in checked_pattern("block_size_pattern", self.block_size_pattern, regex).items()
         }
-        for name, rank in _checked_pattern("rank_pattern", self.rank_pattern, regex).items():
-            _checked_rank(f"rank_pattern[{shown(name)}]", rank)
+        for name, rank in checked_pattern("rank_pattern", self.rank_pattern, regex).items():
+            checked_rank(f"rank_pattern[{shown(name)}]", rank)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            setattr(self, name, _checked_names(name, getattr(self, name), regex))
+            setattr(self, name, checked_names(name, getattr(self, name), regex))
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be None or a list of names, got {shown(self.modules_to_save)}")
-        self.modules_to_save = _checked_names("modules_to_save", self.modules_to_save, regex)  # type: ignore[assignment]
+        self.modules_to_save = checked_names("modules_to_save", self.modules_to_save, regex)  # type: ignore[assignment]
 
     def _check_candidates(self) -> None:
-        for name in CANDIDATES:
-            value = getattr(self, name)
-            # In a tuple of two ints one could see a rectangle as well as two squares.
-            if value is not None and (not isinstance(value, list) or not 1 <= len(value) <= MAX_CANDIDATES):
-                raise ValueError(f"{name} must be None or a list of 1 to {MAX_CANDIDATES} entries, got {shown(value)}")
-        if self.candidate_block_sizes is not None:
-            self.candidate_block_sizes = [
-                _checked_block_size(f"candidate_block_sizes[{index}]", size)
-                for index, size in enumerate(self.candidate_block_sizes)
-            ]
-        if self.candidate_ranks is not None:
+        if (sizes := self.candidate_block_sizes) is not None:
+            self.candidate_block_sizes = checked_block_sizes("candidate_block_sizes", sizes, MAX_CANDIDATES)
+        if (ranks := self.candidate_ranks) is not None:
             self.candidate_ranks = [
-                _checked_rank(f"candidate_ranks[{index}]", rank) for index, rank in enumerate(self.candidate_ranks)
+                checked_rank(f"candidate_ranks[{index}]", rank)
+                for index, rank in enumerate(checked_list("candidate_ranks", ranks, MAX_CANDIDATES))
             ]
         if self._chooses():
             self._check_product()
@@ -195,10 +241,10 @@ class KronConfig(PeftConfig):
                     f"candidate_block_sizes and candidate_ranks give blocks of {pair} at rank {rank} twice"
                 )
             seen.add((pair, rank))
-            _checked_rank(f"the rank of a candidate of block_size {size}", rank, size)
+            checked_rank(f"the rank of a candidate of block_size {size}", rank, size)
 
     def _check_layer_selection(self) -> None:
-        self.layers_to_transform = _checked_indices(self.layers_to_transform)
+        self.layers_to_transform = checked_indices(self.layers_to_transform)
         if self.layers_to_transform is not None and not isinstance(self.target_modules, list):
             raise ValueError("layers_to_transform needs target_modules to be a list of names")
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -210,6 +256,36 @@ class KronConfig(PeftConfig):
         self.modules = checked_module_map(self.modules)
         if given := [name for name in (*SELECTION, *PATTERNS, *CANDIDATES) if getattr(self, name)]:
             raise ValueError(f"modules already says which modules to replace; it excludes {', '.join(given)}")
+
+    def _check_calibration(self) -> None:
+        if isinstance(self.calibration_config, dict):
+            self.calibration_config = CalibrationConfig.from_dict(self.calibration_config)
+        if not isinstance(self.calibration_config, CalibrationConfig | None):
+            raise ValueError(
+                f"calibration_config must be None, a CalibrationConfig or a dict, got {shown(self.calibration_config)}"
+            )
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        for name in budgets:
+            setattr(self, name, checked_share(name, getattr(self, name)))
+        if len(budgets) > 1:
+            raise ValueError(f"{', '.join(budgets)}: give at most one of them, since each alone decides")
+        given = [*budgets, *(["calibration_config"] if self.calibration_config is not None else [])]
+        if given and self.init_weights not in (None, "calibrated"):
+            raise ValueError(f"{given[0]} needs init_weights None or 'calibrated', got {shown(self.init_weights)}")
+        if given and self._chooses():
+            raise ValueError(f"{given[0]} is for calibration, which candidates are not fitted by")
+        if budgets:
+            self._check_nothing_chosen(budgets[0])
+
+    def _check_nothing_chosen(self, budget: str) -> None:
+        if others := [name for name in (*PATTERNS, "modules") if getattr(self, name)]:
+            raise ValueError(f"{budget} chooses block sizes and ranks by data; it excludes {', '.join(others)}")
+        defaults = {"block_size": KronConfig.block_size, "rank": KronConfig.rank}
+        if others := [name for name, default in defaults.items() if getattr(self, name) != default]:
+            raise ValueError(
+                f"{budget} chooses block sizes and ranks by data; it excludes {', '.join(others)}. Say which block "
+                "sizes it may choose from by calibration_config=CalibrationConfig(menu_shapes=[...])"
+            )
 
     def _check_inherited(self) -> None:
         """What PEFT's own fields hold, which it does not check itself."""
@@ -231,74 +307,10 @@ class KronConfig(PeftConfig):
 
 
 def _check_version(value: Any) -> None:
-    if not _is_int(value) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"format_version must be an int of at least 1, got {shown(value)}")
     if value > FORMAT_VERSION:
         raise ValueError(
             f"this adapter_config.json has format_version {shown(value)}, this kron_hf reads up to {FORMAT_VERSION}; "
             "upgrade kron_hf"
         )
-
-
-def _checked_block_size(name: str, value: Any) -> BlockSize:
-    sizes = (value,) if isinstance(value, int) else value
-    pair = not isinstance(value, int)
-    if not isinstance(sizes, tuple | list) or (pair and len(sizes) != 2) or not all(map(_is_int, sizes)):
-        raise ValueError(f"{name} must be a positive int or a pair (out, in) of ints, got {shown(value)}")
-    if any(size < 1 and not (pair and size == -1) for size in sizes):
-        raise ValueError(
-            f"{name} must be a positive int or a pair of positive ints (-1 in a pair = the whole dimension), "
-            f"got {shown(value)}"
-        )
-    return (sizes[0], sizes[-1]) if pair else value
-
-
-def _checked_rank(name: str, value: Any, block_size: BlockSize | None = None) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {shown(value)}")
-    if block_size is not None:
-        block_out, block_in = (block_size, block_size) if isinstance(block_size, int) else block_size
-        if block_out > 0 and block_in > 0 and value > block_out * block_in:
-            raise ValueError(f"{name} must be at most bo * bi = {block_out * block_in}, got {shown(value)}")
-    return value
-
-
-def _checked_pattern(name: str, value: Any, regex: bool) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a dict with module names as keys, got {shown(value)}")
-    for key in value if regex else ():
-        _check_regex(name, key)
-    return value
-
-
-def _checked_names(name: str, value: Any, regex: bool) -> list[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if regex:
-            _check_regex(name, value)
-        return value
-    # A set's own order changes from run to run.
-    names = sorted(value, key=str) if isinstance(value, set | frozenset) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(item, str) for item in names):
-        raise ValueError(f"{name} must be None, a list of module names or a string, got {shown(value)}")
-    return list(names)
-
-
-def _checked_indices(value: Any) -> list[int] | int | None:
-    indices = list(value) if isinstance(value, list | tuple | range) else value
-    listed = indices if isinstance(indices, list) else [indices]
-    if indices is not None and not all(_is_int(index) and index >= 0 for index in listed):
-        raise ValueError(f"layers_to_transform must be None, an index or a list of indices, got {shown(value)}")
-    return indices
-
-
-def _check_regex(name: str, value: str) -> None:
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name}: {shown(value)} is no valid regular expression ({error})") from None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -105,13 +105,9 @@ def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> 
     """How the factors start: "random" or "nearest".
 
     Raises:
-        ValueError: `config.init_weights` is missing, and the targets hold trained weights; or it is not possible.
+        ValueError: `config.init_weights` is missing, and the targets hold trained weights; or it needs data.
     """
-    if config.init_weights == "calibrated":
-        raise ValueError(
-            "init_weights='calibrated' needs calibration data, which this version does not take yet; "
-            "use 'random' or 'nearest'"
-        )
+    _check_needs_no_data(config)
     if config.init_weights is not None:
         return config.init_weights
     weights: list[Tensor] = [target.linear.weight for target in targets]
@@ -120,10 +116,16 @@ def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> 
     return "random"
 
 
+def _check_needs_no_data(config: KronConfig) -> None:
+    if what := config.needs_data:
+        raise ValueError(f"{what} needs calibration data: get_kron_model(model, config, calibration_data=...)")
+
+
 def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
     name = config.base_model_name_or_path
     if not name:
         raise ValueError("get_kron_model(config) needs config.base_model_name_or_path, the model to start from")
+    _check_needs_no_data(config)
     if pretrained and config.init_weights is None:
         # Said before anything is downloaded or loaded.
         raise ValueError(

@@ -281,6 +281,8 @@ def _sizes_of(name: str, config: KronConfig) -> tuple[Sequence[tuple[BlockSize, 
         return entry_sizes(entry), "candidates" in entry
     if config.candidates:
         return config.candidates, True
+    if config.budget is not None:
+        return [((1, -1), 1)], False  # in place of what data will choose; it fits every layer
     size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
     return [(size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank))], False
 

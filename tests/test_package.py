@@ -20,9 +20,14 @@ TORCH_ONLY = (
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
     {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},
-    {"peft_type", "module_map", "ops"},
+    {"peft_type", "module_map", "ops", "config_checks"},
+    {"calibration_config"},
     {"config", "layers"},
+<<<<<<< HEAD
     {"sparsity", "selection", "calibration", "checkpoint", "targets"},
+=======
+    {"calibration", "sparsity", "selection", "checkpoint", "targets"},
+>>>>>>> alloc
     {"param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "held_out_loss", "model", "summary"},
     {"model_card", "peft_tuner"},

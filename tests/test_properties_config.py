@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from properties import check_all, examples
 
-from kron_hf import KronConfig
+from kron_hf import CalibrationConfig, KronConfig
 
 # Characters of module names, among them some that mean something in a regular expression.
 NAMES = st.text(string.ascii_letters + string.digits + "_.-$^|é ", min_size=1, max_size=8)
@@ -38,6 +38,39 @@ def valid_arguments(draw):
         if arguments["layers_to_transform"] is not None:
             arguments["layers_pattern"] = draw(st.none() | NAMES | LISTS)
     return arguments
+
+
+def numbers(smallest, largest):
+    return st.floats(smallest, largest, exclude_min=smallest == 0) | st.sampled_from([largest])
+
+
+CALIBRATIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "readout": st.sampled_from([None, "cls", "all"]),
+        "ridge": numbers(0, 10),
+        "sweeps": st.integers(1, 20),
+        "held_out": st.floats(0, 0.99),
+        "menu_shapes": st.none() | st.lists(BLOCK_SIZES, min_size=1, max_size=4),
+        "flops_weight": numbers(0, 10),
+        "batch_size": st.integers(1, 64),
+        "target_sparsity": st.none() | st.floats(0, 0.99),
+        "seed": st.integers(0, 2**32 - 1),
+    },
+)
+
+
+@st.composite
+def valid_calibrations(draw):
+    """Arguments of a conversion by data, with a budget or without."""
+    arguments = {"init_weights": draw(st.sampled_from([None, "calibrated"]))}
+    if draw(st.booleans()):
+        arguments[draw(st.sampled_from(["target_params", "target_flops", "max_error"]))] = draw(numbers(0, 1))
+    else:
+        arguments |= {"block_size": draw(BLOCK_SIZES), "rank": 1}
+    calibration = draw(st.none() | CALIBRATIONS)
+    as_dict = calibration is None or draw(st.booleans())
+    return arguments | {"calibration_config": calibration if as_dict else CalibrationConfig(**calibration)}
 
 
 @st.composite
@@ -74,6 +107,7 @@ GARBAGE = (
 FIELDS = [
     *("block_size", "rank", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("block_size_pattern", "rank_pattern", "init_weights", "candidate_block_sizes", "candidate_ranks"),
+    *("target_params", "target_flops", "max_error", "calibration_config"),
 ]
 
 
@@ -91,7 +125,7 @@ def test_json_round_trip_is_exact(examples, tmp_path):
         config.save_pretrained(tmp_path)
         assert KronConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
-    check_all(check, valid_arguments(), examples)
+    check_all(check, valid_arguments() | valid_calibrations(), examples)
 
 
 @examples(100, 1000)

@@ -56,4 +56,6 @@ def dense_targets(
         return find_targets(model, config, compare_cost=False)
     if target_modules is not None:
         raise ValueError("target_modules goes with a block size; a KronConfig has its own")
+    if config.budget is not None:
+        raise ValueError(f"blocks need a block_size; with {config.budget} calibration data would choose it")
     return find_targets(model, replace(config, rank=1, rank_pattern={}), compare_cost=False)

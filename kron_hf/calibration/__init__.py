@@ -1,1 +1,1 @@
-"""Fits Kronecker factors to the inputs and wanted outputs of a layer: activation-aware conversion, in plain PyTorch."""
+"""Conversion of a trained model by data: fitted layers, with shapes and ranks chosen for each. Plain PyTorch."""

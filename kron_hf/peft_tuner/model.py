@@ -239,6 +239,10 @@ def _resolved(config: KronConfig, layers: Mapping[str, KronLinear], saved: list[
         layers_pattern=None,
         block_size_pattern={},
         rank_pattern={},
+        target_params=None,
+        target_flops=None,
+        max_error=None,
+        calibration_config=None,
     )
 
 
