@@ -23,13 +23,10 @@ ORDER = [
     {"peft_type", "module_map", "ops", "config_checks"},
     {"calibration_config"},
     {"config", "layers"},
-<<<<<<< HEAD
     {"sparsity", "selection", "calibration", "checkpoint", "targets"},
-=======
-    {"calibration", "sparsity", "selection", "checkpoint", "targets"},
->>>>>>> alloc
     {"param_groups", "surgery"},
-    {"baselines", "callbacks", "block_size_callback", "held_out_loss", "model", "summary"},
+    {"baselines", "callbacks", "block_size_callback", "calibrate", "held_out_loss", "summary"},
+    {"model", "prepared"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"demo", "train"},
