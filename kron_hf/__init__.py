@@ -14,11 +14,13 @@ from kron_hf.block_size_callback import BlockSizeCallback
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
+from kron_hf.conversion import Calibration, calibrate
 from kron_hf.hub import push_to_hub
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
 from kron_hf.param_groups import kron_param_groups
+from kron_hf.prepared import preprocess_kron
 from kron_hf.sparsity import Sparsifier, copy_masks
 from kron_hf.summary import block_summary, kron_summary, model_flops
 from kron_hf.surgery import to_dense
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockSizeCallback",
+    "Calibration",
     "CalibrationConfig",
     "KronConfig",
     "KronLinear",
@@ -36,12 +39,14 @@ __all__ = [
     "Sparsifier",
     "SparsityCallback",
     "block_summary",
+    "calibrate",
     "copy_masks",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",
     "last_checkpoint",
     "model_flops",
+    "preprocess_kron",
     "push_to_hub",
     "to_dense",
     "write_model_card",

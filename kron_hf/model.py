@@ -1,5 +1,6 @@
 """`get_kron_model`: a transformers model with Kronecker-sparse projections."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
 import transformers
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
 from kron_hf.checkpoint.reading import clean_errors, read_config
 from kron_hf.config import KronConfig
+from kron_hf.conversion import calibrate
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
 from kron_hf.surgery import make_layers, replace_modules
@@ -21,18 +23,24 @@ __all__ = ["get_kron_model", "init_method", "model_class_for"]
 CHOICES = """\
   KronConfig(..., init_weights="random")      # new weights for the replaced modules
   KronConfig(..., init_weights="nearest")     # the closest fit to each weight, to be trained further
-  KronConfig(..., init_weights="calibrated")  # fitted on calibration data (not in this version)"""
+  get_kron_model(..., calibration_data=images)  # fitted to what the model computes on data: keeps most of it"""
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @overload
-def get_kron_model(model: ModelT, config: KronConfig, /) -> ModelT: ...
+def get_kron_model(model: ModelT, config: KronConfig, /, *, calibration_data: Any = None) -> ModelT: ...
 
 
 @overload
 def get_kron_model(
-    config: KronConfig, /, *, auto_class: Any = None, pretrained: bool = True, **model_kwargs: Any
+    config: KronConfig,
+    /,
+    *,
+    calibration_data: Any = None,
+    auto_class: Any = None,
+    pretrained: bool = True,
+    **model_kwargs: Any,
 ) -> PreTrainedModel: ...
 
 
@@ -41,6 +49,7 @@ def get_kron_model(
     config: KronConfig | None = None,
     /,
     *,
+    calibration_data: Any = None,
     auto_class: Any = None,
     pretrained: bool = True,
     **model_kwargs: Any,
@@ -59,6 +68,8 @@ def get_kron_model(
     Args:
         model_or_config: The model to convert, or the config.
         config: The config, if a model is given.
+        calibration_data: Images (or other inputs) of the kind that the model is for; the layers are then fitted to what
+            the trained model computes for them, see `calibrate`, which also gives a report.
         auto_class: Class to build the model with, such as `AutoModelForImageClassification`. Default: the
             checkpoint's own class; if that has no head and `num_labels` is given, `AutoModelForImageClassification`.
         pretrained: With the checkpoint's weights (then `config.init_weights` must say how to use them), or from its
@@ -67,7 +78,7 @@ def get_kron_model(
 
     Raises:
         ValueError: No module matches, a named module cannot be replaced, `init_weights` is missing for a model that
-            holds trained weights, or the model is converted or quantized already.
+            holds trained weights, or the model is converted or quantized already; or what `calibrate` refuses.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -82,18 +93,24 @@ def get_kron_model(
         if config is not None:
             given = f"a KronConfig and then a {type(config).__name__}"
             raise TypeError(f"get_kron_model takes (model, config) or (config, ...), got {given}")
-        return _convert(_build_base(model_or_config, auto_class, pretrained, model_kwargs), model_or_config)
+        _check_data(model_or_config, calibration_data, pretrained)
+        base = _build_base(model_or_config, auto_class, pretrained, calibration_data is not None, model_kwargs)
+        return _convert(base, model_or_config, calibration_data)
     if not isinstance(model_or_config, nn.Module) or not isinstance(config, KronConfig):
         given = f"{type(model_or_config).__name__} and {type(config).__name__}"
         raise TypeError(f"get_kron_model takes a model and a KronConfig, or a KronConfig alone; got {given}")
     if auto_class is not None or not pretrained or model_kwargs:
         raise TypeError("auto_class, pretrained and model arguments only go with get_kron_model(config, ...)")
-    return _convert(model_or_config, config)
+    _check_data(config, calibration_data)
+    return _convert(model_or_config, config, calibration_data)
 
 
-def _convert(model: ModelT, config: KronConfig) -> ModelT:
-    targets = find_targets(model, config)
-    layers = make_layers(targets, init_method(model, config, targets))
+def _convert(model: ModelT, config: KronConfig, calibration_data: Any) -> ModelT:
+    if calibration_data is None:
+        targets = find_targets(model, config)
+        layers: Mapping[str, nn.Module] = make_layers(targets, init_method(model, config, targets))
+    else:
+        layers = calibrate(model, config, calibration_data).layers
     replace_modules(model, layers)
     for part in pretrained_parts(model).values():
         if any(isinstance(module, KronLinear) for module in part.modules()):
@@ -118,15 +135,26 @@ def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> 
 
 def _check_needs_no_data(config: KronConfig) -> None:
     if what := config.needs_data:
-        raise ValueError(f"{what} needs calibration data: get_kron_model(model, config, calibration_data=...)")
+        raise ValueError(
+            f"{what} needs calibration data: get_kron_model(model, config, calibration_data=...), or for a PEFT "
+            "adapter kron_hf.preprocess_kron(model, config, calibration_data) first"
+        )
 
 
-def _build_base(config: KronConfig, auto_class: Any, pretrained: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _check_data(config: KronConfig, calibration_data: Any, pretrained: bool = True) -> None:
+    if calibration_data is None:
+        _check_needs_no_data(config)
+    elif not pretrained:
+        raise ValueError("calibration_data fits layers to a trained model, which pretrained=False does not load")
+
+
+def _build_base(
+    config: KronConfig, auto_class: Any, pretrained: bool, calibrated: bool, kwargs: dict[str, Any]
+) -> PreTrainedModel:
     name = config.base_model_name_or_path
     if not name:
         raise ValueError("get_kron_model(config) needs config.base_model_name_or_path, the model to start from")
-    _check_needs_no_data(config)
-    if pretrained and config.init_weights is None:
+    if pretrained and config.init_weights is None and not calibrated:
         # Said before anything is downloaded or loaded.
         raise ValueError(
             "get_kron_model(config) loads trained weights, and replacing them is a choice; write one of\n"

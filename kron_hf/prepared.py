@@ -1,12 +1,12 @@
-"""`preprocess_kron`: layers fitted to data that wait in the model for `get_peft_model`, as PEFT's `preprocess_corda`."""
+"""`preprocess_kron`: layers fitted to data that wait in the model for `get_peft_model`, as in PEFT's CorDA."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from kron_hf.calibrate import Calibration, calibrate
 from kron_hf.config import KronConfig
+from kron_hf.conversion import Calibration, calibrate
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target
 
@@ -56,7 +56,7 @@ def take_prepared(targets: Sequence[Target]) -> dict[str, KronLinear] | None:
         return None
     if missing := [name for name, entry in found.items() if entry is None]:
         raise ValueError(
-            f"{missing[0]}: preprocess_kron has prepared no layer here; call it with the config that get_peft_model gets"
+            f"{missing[0]}: preprocess_kron has prepared no layer here; call it with the config of get_peft_model"
         )
     for target in targets:
         delattr(target.linear, ATTRIBUTE)

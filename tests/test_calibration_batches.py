@@ -16,7 +16,7 @@ class Noisy(Dataset):
         return 10
 
     def __getitem__(self, index):
-        return {"pixel_values": torch.rand(1, 4, 4) + random.random(), "labels": index}  # noqa: S311
+        return {"pixel_values": torch.rand(1, 4, 4) + random.random(), "labels": index}
 
 
 def read(batches):

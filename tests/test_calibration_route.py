@@ -146,14 +146,18 @@ def test_modules_are_put_back_after_an_error():
     model = tiny.vit()
     before = dict(model.named_modules())
     name = "vit.layers.0.mlp.fc1"
+
+    def fail(output):
+        assert model.get_submodule(name) is not before[name]
+        raise RuntimeError("stop")
+
     with (
         pytest.raises(RuntimeError, match="stop"),
         swapped(model, {name: nn.Linear(32, 64)}),
-        skipped(model, {"vit.layers.0": torch.zeros(1)}),
-        hooked(before={model.vit: print}),
+        skipped(model, {"vit.layers.0": torch.zeros(2, 17, 32)}),
+        hooked(after={model.vit: fail}),
     ):
-        assert model.get_submodule(name) is not before[name]
-        raise RuntimeError("stop")
+        run(model, {"pixel_values": tiny.pixels(2)})
     assert dict(model.named_modules()) == before
     assert "forward" not in model.get_submodule("vit.layers.0").__dict__
-    assert not model.vit._forward_pre_hooks
+    assert not model.vit._forward_hooks

@@ -25,7 +25,7 @@ ORDER = [
     {"config", "layers"},
     {"sparsity", "selection", "calibration", "checkpoint", "targets"},
     {"param_groups", "surgery"},
-    {"baselines", "callbacks", "block_size_callback", "calibrate", "held_out_loss", "summary"},
+    {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},

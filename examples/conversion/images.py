@@ -1,7 +1,7 @@
 """Images in and out of the domain of the task, as a DINOv2 backbone takes them: three channels, ImageNet's scale.
 
-In domain: Fashion-MNIST. Out of it: crops of photographs that scikit-image and scikit-learn bring along, half of them to
-calibrate on, the other half to judge by.
+In domain: Fashion-MNIST. Out of it: crops of photographs that scikit-image and scikit-learn bring along, half of them
+to calibrate on, the other half to judge by.
 """
 
 from pathlib import Path
@@ -37,7 +37,8 @@ def photograph_crops(part: str, count: int, seed: int = 0) -> tuple[Tensor, Tens
     """Crops of photographs, and which photograph each is of.
 
     Args:
-        part: `"calibration"`; or of the other photographs `"train"`, from their left halves, or `"test"`, from the right.
+        part: `"calibration"`; or of the other photographs `"train"`, from their left halves, or `"test"`, from the
+            right ones.
         count: How many.
         seed: Of their places and sizes.
     """

@@ -91,6 +91,7 @@ class Sensitivity:
     name: str
 
     def __call__(self, replacement: nn.Module) -> float:
+        """Relative squared error of the features with the replacement in the linear's place."""
         errors: list[float] = []
         with evaluation(self.model):
             for index in range(len(self.judge.batches)):

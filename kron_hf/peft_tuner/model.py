@@ -28,6 +28,7 @@ from kron_hf.layers import KronLinear
 from kron_hf.model import init_method
 from kron_hf.peft_tuner.layer import KronTunerLayer, StoredKronLinear, refuse
 from kron_hf.peft_tuner.saved_modules import check_saved_modules
+from kron_hf.prepared import take_prepared
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets
 
@@ -221,6 +222,8 @@ def _check_no_candidates(targets: list[Target]) -> None:
 
 
 def _layers_for(targets: list[Target], model: nn.Module, config: KronConfig) -> Mapping[str, KronLinear]:
+    if (prepared := take_prepared(targets)) is not None:
+        return prepared
     if config.modules is not None:
         return {target.name: StoredKronLinear.for_target(target) for target in targets}
     layers = make_layers(targets, init_method(model, config, targets))

@@ -21,7 +21,7 @@ from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
 from kron_hf.calibration.sequential import Problem, calibrate_in_order
-from kron_hf.calibration.streams import Stream, find_streams
+from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.config import KronConfig
@@ -75,6 +75,7 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
 
 class _Calibrating:
     def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
+        _check_config(config)
         self.model, self.config = model, config
         self.options = config.calibration_config or CalibrationConfig()
         assert isinstance(self.options, CalibrationConfig)
@@ -158,7 +159,20 @@ class _Calibrating:
         with tqdm(walk, total=len(self.targets), desc="Calibrating", unit="layer", delay=1.0, leave=False) as bar:
             for name in bar:
                 bar.set_postfix_str(f"{name}: error {errors.get(name, 0.0):.3f}")
+        for name, layer in layers.items():  # they were made in evaluation mode
+            layer.train(self.model.get_submodule(name).training)
         return layers, errors
+
+
+def _check_config(config: KronConfig) -> None:
+    if config.init_weights not in (None, "calibrated"):
+        raise ValueError(
+            f"init_weights={config.init_weights!r} does not go with calibration_data, which fits the layers"
+        )
+    if config.candidates:
+        raise ValueError(
+            "candidates are chosen in a training, by BlockSizeCallback; calibration fits one size, or a budget"
+        )
 
 
 def _progress(walk: Iterator[Any], total: int, what: str) -> Iterator[Any]:
