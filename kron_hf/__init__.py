@@ -13,6 +13,7 @@ import kron_hf.peft_tuner  # noqa: F401  # registers the PEFT method
 from kron_hf.block_size_callback import BlockSizeCallback
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
+from kron_hf.distillation import DistillationConfig, DistillationLoss
 from kron_hf.hub import push_to_hub
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockSizeCallback",
+    "DistillationConfig",
+    "DistillationLoss",
     "KronConfig",
     "KronLinear",
     "KronTrainer",

@@ -14,13 +14,15 @@ import kron_hf
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
-TORCH_ONLY = (*("factors", "sharding", "ops", "layers", "selection", "sparsity", "param_groups", "summary"),)
+TORCH_ONLY = (
+    *("factors", "sharding", "ops", "layers", "selection", "sparsity", "param_groups", "summary", "distillation"),
+)
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
     {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},
     {"peft_type", "module_map", "ops"},
     {"config", "layers"},
-    {"sparsity", "selection", "checkpoint", "targets"},
+    {"sparsity", "selection", "checkpoint", "targets", "distillation"},
     {"param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "held_out_loss", "model", "summary"},
     {"model_card", "peft_tuner"},
