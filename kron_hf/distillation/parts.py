@@ -11,12 +11,16 @@ from torch import Tensor
 __all__ = ["cosine_distance", "kl_divergence", "relative_mse", "task_loss"]
 
 _EPS = 1e-6  # beside a variance, as in the normalised targets of MAE
+_LEAST = 0.01
 
 
 def relative_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens of ||s - t||^2 / ||t - mean(t)||^2, with the mean over the features of the token.
+    """Mean over the examples of ||s - t||^2 / ||t - mean(t)||^2, with the mean over the tokens of the example.
 
-    The norm of a token does not matter, so that the few huge tokens of a large vision model do not drown the others.
+    Without the mean, features that are large and the same everywhere, as in DINOv2, would hide all others: with it 1 is
+    the error of a student that gives every token of an example the same best vector. Where the tokens are alike, which
+    would make little of the error much, the norm is at least a hundredth of that about each token's own mean over the
+    features, and with a single token it is that.
 
     Args:
         student: `[batch, tokens, features]`.
@@ -24,16 +28,22 @@ def relative_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
         mask: `[batch, tokens]`, 0 where a token does not count.
 
     Returns:
-        A scalar: 0 if all are equal, 1 if the student gives each token's mean.
+        A scalar.
 
     Example:
         >>> tokens = torch.tensor([[[1.0, 3.0], [5.0, 9.0]]])
-        >>> relative_mse(tokens.mean(-1, keepdim=True).expand_as(tokens), tokens).round(decimals=4)
+        >>> relative_mse(tokens.mean(1, keepdim=True).expand_as(tokens), tokens).round(decimals=4)
         tensor(1.)
     """
     student, teacher = _wide(student), _wide(teacher)
-    error = (student - teacher).square().mean(-1)  # [batch, tokens]
-    return _mean(error / (teacher.var(-1, correction=0) + _EPS), mask)
+    mask = teacher.new_ones(teacher.shape[:2]) if mask is None else mask.to(teacher)
+    count = mask.sum(1)  # [batch]
+    mean = (teacher * mask[..., None]).sum(1, keepdim=True) / count.clamp_min(1)[:, None, None]
+    spread = ((teacher - mean).square().mean(-1) * mask).sum(1)
+    own_spread = (teacher.var(-1, correction=0) * mask).sum(1)
+    spread = torch.where(count > 1, torch.maximum(spread, _LEAST * own_spread), own_spread)
+    error = ((student - teacher).square().mean(-1) * mask).sum(1)
+    return (error / (spread + _EPS * count.clamp_min(1))).mean()
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A Trainer that distils its model from a teacher."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -26,13 +27,14 @@ class Distilling(SafeSaving):
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: `distillation` without a teacher, an option is out of range, or the teacher is the student.
+        ValueError: `distillation` without a teacher, an option is out of range, the teacher is the student, or gradient
+            checkpointing is reentrant.
     """
 
     def __init__(
         self,
         *args: Any,
-        teacher: nn.Module | str | None = None,
+        teacher: nn.Module | str | os.PathLike[str] | None = None,
         distillation: DistillationConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -43,8 +45,10 @@ class Distilling(SafeSaving):
         self._train_parts, self._eval_parts = PartMeans(), PartMeans()
         if teacher is None:
             return
-        model = self._load(teacher) if isinstance(teacher, str) else teacher
+        model = self._load(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
         self.distillation_loss = DistillationLoss(model, distillation)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("hidden states have no gradient if gradient_checkpointing_kwargs has use_reentrant=True")
         if self.place_model_on_device and all(p.device.type == "cpu" for p in model.parameters()):
             model.to(self.args.device)
         if self.model is not None:
@@ -130,12 +134,11 @@ class Distilling(SafeSaving):
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_model or self.compute_loss_func is not None
 
-    def _load(self, checkpoint: str) -> nn.Module:
+    def _load(self, checkpoint: str | os.PathLike[str]) -> nn.Module:
         student = self.accelerator.unwrap_model(cast(nn.Module, self.model))
         while not isinstance(student, PreTrainedModel):
             if not hasattr(student, "get_base_model"):
-                raise ValueError(
-                    f"teacher={checkpoint!r}: a {type(student).__name__} is no PreTrainedModel; pass the loaded model"
-                )
+                name = type(student).__name__
+                raise ValueError(f"teacher={str(checkpoint)!r}: {name} is no PreTrainedModel; pass the loaded model")
             student = student.get_base_model()  # of PEFT
         return type(student).from_pretrained(checkpoint)

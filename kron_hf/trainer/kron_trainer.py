@@ -1,5 +1,6 @@
 """`KronTrainer`: the stock Trainer with the settings that Kronecker layers want."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -64,7 +65,7 @@ class KronTrainer(Distilling):
         target_sparsity: float | None = None,
         l1: float | None = None,
         sparsity_options: dict[str, Any] | None = None,
-        teacher: nn.Module | str | None = None,
+        teacher: nn.Module | str | os.PathLike[str] | None = None,
         distillation: DistillationConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
