@@ -1,3 +1,6 @@
+import doctest
+from importlib import import_module
+
 import pytest
 import torch
 from transformers import BertConfig
@@ -94,3 +97,10 @@ def test_task_loss_is_that_of_transformers(kind, num_items):
     expected = ForSequenceClassificationLoss(labels, logits, config)  # which knows num_items for one label only
     scale = 1 if num_items is None else logits.numel() / (classes if "single" in kind else 1) / 7
     torch.testing.assert_close(task_loss(logits, labels, num_items), expected * scale)
+
+
+@pytest.mark.parametrize("name", ["parts", "loss"])
+def test_examples_of_the_docstrings(name):
+    results = doctest.testmod(import_module(f"kron_hf.distillation.{name}"))
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -76,9 +76,12 @@ class DistillationLoss:
             inputs: What the student takes as keyword arguments; with `labels`, if it is to count its own loss.
 
         Raises:
+            TypeError: The student is wrapped by DataParallel, or returns no dictionary.
             ValueError: A part that was asked for cannot be given, or the models do not fit together.
         """
-        bare = student.module if isinstance(student, (DistributedDataParallel, DataParallel)) else student
+        if isinstance(student, DataParallel):
+            raise TypeError("DataParallel runs the hooks of all replicas at once; use DistributedDataParallel")
+        bare = student.module if isinstance(student, DistributedDataParallel) else student
         with self.recorder(bare).recording():
             outputs = student(**inputs)
         parts = self.compare(outputs, inputs)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from kron_hf.distillation import DistillationConfig, DistillationLoss
@@ -47,8 +47,13 @@ class Distilling(SafeSaving):
             return
         model = self._load(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
         self.distillation_loss = DistillationLoss(model, distillation)
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("hidden states have no gradient if gradient_checkpointing_kwargs has use_reentrant=True")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process with {self.args.n_gpu} GPUs trains under DataParallel, which cannot be distilled; start "
+                "one process a GPU with torchrun or accelerate launch"
+            )
+        if _is_reentrant(self.args):
+            raise ValueError("hidden states have no gradient if the checkpointing of activations is use_reentrant=True")
         if self.place_model_on_device and all(p.device.type == "cpu" for p in model.parameters()):
             model.to(self.args.device)
         if self.model is not None:
@@ -142,3 +147,9 @@ class Distilling(SafeSaving):
                 raise ValueError(f"teacher={str(checkpoint)!r}: {name} is no PreTrainedModel; pass the loaded model")
             student = student.get_base_model()  # of PEFT
         return type(student).from_pretrained(checkpoint)
+
+
+def _is_reentrant(args: TrainingArguments) -> bool:
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the second in older versions
+    on = any(getattr(args, name, None) for name in names)
+    return on and any((getattr(args, f"{name}_kwargs", None) or {}).get("use_reentrant") for name in names)
