@@ -29,14 +29,14 @@ def backbone(seed):
 
 def trainer(folder, name, processes, **options):
     kind, labels, weights, own = CASES[name]
-    state_on_cpu(allow_fsdp=processes > 1 and "fsdp" in own)
     options = {"per_device_train_batch_size": GLOBAL_BATCH // processes, **(own if processes > 1 else {}), **options}
     options = {"max_steps": STEPS, "logging_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", **options}
     models = (student(), teacher()) if kind == "head" else (backbone(1), backbone(0))
-    rows = images(labels=labels)
+    rows, args = images(labels=labels), arguments(folder, **options)
+    state_on_cpu(allow_fsdp="fsdp" in options)  # after the arguments, which make a state of their own
     return KronTrainer(
         models[0],
-        arguments(folder, **options),
+        args,
         train_dataset=rows,
         eval_dataset=rows[:16],
         teacher=models[1],

@@ -52,7 +52,7 @@ class Distilling(SafeSaving):
                 f"one process with {self.args.n_gpu} GPUs trains under DataParallel, which cannot be distilled; start "
                 "one process a GPU with torchrun or accelerate launch"
             )
-        if _is_reentrant(self.args):
+        if self.distillation_loss.config.wants("hidden") and _is_reentrant(self.args):
             raise ValueError("hidden states have no gradient if the checkpointing of activations is use_reentrant=True")
         if self.place_model_on_device and all(p.device.type == "cpu" for p in model.parameters()):
             model.to(self.args.device)
@@ -80,19 +80,9 @@ class Distilling(SafeSaving):
         """
         if self.distillation_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        config = self.distillation_loss.config
-        labelled = any(inputs.get(name) is not None for name in self.label_names)
-        if config.requires("task") and not labelled:
-            raise ValueError(f"task={config.task} was asked for, but the batch has no {' or '.join(self.label_names)}")
-        # With model_init each training has a model of its own.
-        recorder = self.distillation_loss.recorder(self.accelerator.unwrap_model(cast(nn.Module, self.model)))
-        with recorder.recording():
-            if config.wants("task") and labelled:
-                task, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
-            else:
-                task, outputs = None, model(**inputs)
+        task, outputs = self._task_loss(model, inputs, num_items_in_batch)
         parts = self.distillation_loss.compare(outputs, inputs)
-        steps = self.current_gradient_accumulation_steps if model.training else 1
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
         trainer_divides = model.training and not self._is_scaled(num_items_in_batch)
         if not trainer_divides:  # Trainer's loss is a share of all steps already
             parts = {part: value / steps for part, value in parts.items()}
@@ -130,6 +120,22 @@ class Distilling(SafeSaving):
             means = self._train_parts.pop(self.accelerator.gather)
             logs.update({f"distill_{part}": value for part, value in means.items()})
         super().log(logs, start_time)
+
+    def _task_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor | None, Any]:
+        """Trainer's loss, None without labels, and the recorded outputs."""
+        assert self.distillation_loss is not None
+        config = self.distillation_loss.config
+        labelled = any(inputs.get(name) is not None for name in self.label_names)
+        if config.requires("task") and not labelled:
+            raise ValueError(f"task={config.task} was asked for, but the batch has no {' or '.join(self.label_names)}")
+        # With model_init each training has a model of its own.
+        recorder = self.distillation_loss.recorder(self.accelerator.unwrap_model(cast(nn.Module, self.model)))
+        with recorder.recording():
+            if config.wants("task") and labelled:
+                return super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+            return None, model(**inputs)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether Trainer takes its loss for a share of all accumulation steps, which it then does not divide."""
