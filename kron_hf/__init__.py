@@ -15,6 +15,7 @@ from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.conversion import Calibration, calibrate
+from kron_hf.distillation import DistillationConfig, DistillationLoss
 from kron_hf.hub import push_to_hub
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
@@ -33,6 +34,8 @@ __all__ = [
     "BlockSizeCallback",
     "Calibration",
     "CalibrationConfig",
+    "DistillationConfig",
+    "DistillationLoss",
     "KronConfig",
     "KronLinear",
     "KronTrainer",

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
 TORCH_ONLY = (
-    *("factors", "sharding", "ops", "layers", "selection", "sparsity", "calibration", "param_groups", "summary"),
+    *("factors", "sharding", "ops", "layers", "selection", "sparsity", "calibration", "distillation"),
+    *("param_groups", "summary"),
 )
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
@@ -23,7 +24,7 @@ ORDER = [
     {"peft_type", "module_map", "ops", "config_checks"},
     {"calibration_config"},
     {"config", "layers"},
-    {"sparsity", "selection", "calibration", "checkpoint", "targets"},
+    {"sparsity", "selection", "calibration", "distillation", "checkpoint", "targets"},
     {"param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},

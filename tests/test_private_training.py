@@ -146,3 +146,36 @@ def test_run_epoch(tmp_path):
     trainer.epochs = []
     trainer.train()
     assert len(trainer.epochs) == 2
+
+
+class Watched(Trainer):
+    seen = ()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            self.seen = (*self.seen, self.current_gradient_accumulation_steps)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@relies_on("transformers", "current_gradient_accumulation_steps")
+def test_current_gradient_accumulation_steps(tmp_path):
+    """By this Trainer divides the loss: the number of batches in a step, which is smaller at the end of an epoch."""
+    options = {"num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": 3}
+    trainer = Watched(Fit(), arguments(tmp_path, per_device_train_batch_size=1, **options), train_dataset=DATA)
+    trainer.train()
+    assert trainer.seen == (3, 3, 3, 1)
+
+
+@relies_on("transformers", "can_return_loss")
+def test_can_return_loss(tmp_path):
+    """Without names of labels Trainer evaluates a loss if can_return_loss is set."""
+
+    class Unlabelled(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return outputs["loss"], outputs
+
+    for can in (False, True):
+        trainer = Unlabelled(Fit(), arguments(tmp_path, label_names=[]), eval_dataset=DATA)
+        trainer.can_return_loss = can
+        assert ("eval_loss" in trainer.evaluate()) == can

@@ -1,5 +1,7 @@
 """`KronTrainer`: the stock Trainer with the settings that Kronecker layers want."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,17 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kron_hf.callbacks import SparsityCallback
+from kron_hf.distillation import DistillationConfig
 from kron_hf.model_card import add_usage
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.selection.groups import candidate_layers
 from kron_hf.sparsity.pruning import kron_layers, model_sparsity
+from kron_hf.trainer.distilling import Distilling
 from kron_hf.trainer.hidden_token import HiddenToken
-from kron_hf.trainer.safe_saving import SafeSaving
 
 __all__ = ["KronTrainer"]
 
 
-class KronTrainer(SafeSaving):
+class KronTrainer(Distilling):
     """`transformers.Trainer` with `kron_param_groups`, and with a `SparsityCallback` if a target or l1 is given.
 
     What it pushes to the Hub carries the line `import kron_hf` in its card, and never `args.hub_token`, which the
@@ -28,6 +31,11 @@ class KronTrainer(SafeSaving):
     `sparsity` for all integrations, but not while a block size is selected. No checkpoint is ever half-written
     (`SafeSaving`). A model without Kronecker layers trains as under Trainer.
 
+    With a `teacher` the loss, in training and evaluation, is a `DistillationLoss`, and logs carry its parts, as
+    `distill_tokens`. Data without labels will do: for a model with a head set `TrainingArguments(label_names=[])` to
+    have a loss in evaluation. Choose the learning rate for a student that begins well with `factor_lr` in mind: 3e-4
+    to 1e-3 with `factor_lr=1`, for 3e-3 destroys it.
+
     Args:
         *args: As for `Trainer`.
         factor_lr: Factor of the learning rate of A and B.
@@ -36,11 +44,17 @@ class KronTrainer(SafeSaving):
         l1: Weight of the l1 penalty on S, the paper's mode. Without this and a target the masks are left alone.
         sparsity_options: Further arguments of `SparsityCallback`: scope, start, end, interval, regrowth,
             group_penalty, groups.
+        teacher: What to distil from: a model apart from the student, such as a copy made before `get_kron_model`, or
+            the name or folder of a checkpoint of the student's class. It goes to the device of the training if it is
+            on the CPU; it is not saved, so pass it again when you resume.
+        distillation: Weights and options, a `DistillationConfig` or a dictionary of its arguments; by default all that
+            both models give.
         **kwargs: As for `Trainer`.
 
     Raises:
         ValueError: `target_sparsity` and `l1` together, `sparsity_options` without either, or `args.optim` names an
-            optimizer that makes its own parameter groups (GaLore, LOMO, ...).
+            optimizer that makes its own parameter groups (GaLore, LOMO, ...), `distillation` without a teacher, or
+            the teacher is the student or shares parameters with it.
     """
 
     def __init__(
@@ -51,6 +65,8 @@ class KronTrainer(SafeSaving):
         target_sparsity: float | None = None,
         l1: float | None = None,
         sparsity_options: dict[str, Any] | None = None,
+        teacher: nn.Module | str | os.PathLike[str] | None = None,
+        distillation: DistillationConfig | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         callback = None
@@ -58,7 +74,7 @@ class KronTrainer(SafeSaving):
             callback = SparsityCallback(target_sparsity=target_sparsity, l1=l1, **(sparsity_options or {}))
         elif sparsity_options:
             raise ValueError(f"sparsity_options={sparsity_options!r} need a target_sparsity or an l1")
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, teacher=teacher, distillation=distillation, **kwargs)
         if self.args.hub_token is not None:
             self.args.hub_token = HiddenToken(self.args.hub_token)
         self.factor_lr, self.mask_lr = factor_lr, mask_lr
