@@ -6,6 +6,7 @@ import pytest
 import tiny_calibration as tiny
 import torch
 from peft import PeftModel, get_peft_model
+from tiny_peft import PEFT_NOISE
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -75,12 +76,14 @@ def test_a_budget_is_met_and_its_config_makes_the_same_layers(name):
 def test_calibration_is_deterministic_and_takes_any_split_into_batches():
     images, model = tiny.pixels(24).double(), tiny.vit().double()
     config = KronConfig(**UNIFORM, init_weights="calibrated")
-    whole = calibrate(model, config, [{"pixel_values": images}]).layers
-    again = calibrate(model, config, [{"pixel_values": images}]).layers
-    parts = calibrate(model, config, [{"pixel_values": part} for part in images.split(7)]).layers
-    for name, layer in whole.items():
-        assert torch.equal(layer.a, again[name].a)
-        torch.testing.assert_close(layer.dense_weight(), parts[name].dense_weight(), rtol=1e-4, atol=1e-5)
+    whole = calibrate(model, config, [{"pixel_values": images}])
+    again = calibrate(model, config, [{"pixel_values": images}])
+    parts = calibrate(model, config, [{"pixel_values": part} for part in images.split(7)])
+    for name, layer in whole.layers.items():
+        assert torch.equal(layer.a, again.layers[name].a)
+    # Sums in another order: factors may differ where they hardly matter, errors may not.
+    for layer, other in zip(whole.result.layers, parts.result.layers, strict=True):
+        assert layer.error == pytest.approx(other.error, rel=1e-5)
 
 
 def test_a_data_set_of_examples_with_labels_and_other_columns():
@@ -193,9 +196,8 @@ def test_an_interruption_leaves_the_model_dense(monkeypatch):
     assert "quantization_config" not in model.config.to_dict()
 
 
-@pytest.mark.parametrize(
-    "config", [{"rank": 6, "block_size": (4, 8)}, {"target_params": 0.5}], ids=["uniform", "budget"]
-)
+@pytest.mark.filterwarnings(PEFT_NOISE)
+@pytest.mark.parametrize("config", [UNIFORM, {"target_params": 0.5}], ids=["uniform", "budget"])
 def test_an_adapter_of_prepared_layers_computes_what_the_converted_model_does(config, tmp_path):
     config = KronConfig(**config, init_weights="calibrated")
     model = tiny.vit()
