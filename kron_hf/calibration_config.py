@@ -31,8 +31,9 @@ class CalibrationConfig:
             limits what it names. With `target_flops` the two change places; with `max_error` that sum is what becomes
             least.
         batch_size: Rows of a batch, where calibration data is a dataset and no loader.
-        target_sparsity: Share of zero blocks, in [0, 1): layers get more rank than their budget pays for, lose the
-            blocks whose outputs matter least, and what remains is fitted again. None: no block is removed.
+        target_sparsity: Share of zero blocks, in [0, 1): the layers are fitted, lose the blocks whose outputs matter
+            least, counted over all layers, and what remains is fitted again. Take a higher rank than without. None: no
+            block is removed.
         seed: Of everything that is drawn.
 
     Raises:

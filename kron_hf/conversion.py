@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, default_data_collator
 from kron_hf.calibration.allocation import LayerChoices, allocate
 from kron_hf.calibration.batches import Batch, Batches
 from kron_hf.calibration.dense_walk import walk_dense
-from kron_hf.calibration.fitted_layer import fitted_layer
+from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.menu import Option, kron_option, layer_menu
 from kron_hf.calibration.menu_errors import layer_choices
 from kron_hf.calibration.passes import evaluation, first_tensor
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
-from kron_hf.calibration.sequential import Problem, calibrate_in_order
+from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
@@ -90,13 +90,13 @@ class _Calibrating:
     def run(self) -> Calibration:
         choices = None if self.config.budget is None else self._measure()
         sizes = self._sizes(choices)
-        layers, errors = self._fit(sizes)
+        fitted = self._fit(sizes)
         result = CalibrationResult(
-            layers=tuple(_row(target, sizes[target.name], errors, choices) for target in self.targets),
+            layers=tuple(_row(target, sizes[target.name], fitted, choices) for target in self.targets),
             settings=_settings(self.config),
         )
         kept = {"base_model_name_or_path": self.config.base_model_name_or_path, "revision": self.config.revision}
-        return Calibration(layers=layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
+        return Calibration(layers=fitted.layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
 
     def _measure(self) -> dict[str, LayerChoices]:
         """The errors of all options, on the dense model's inputs."""
@@ -139,29 +139,24 @@ class _Calibrating:
             )
         return chosen
 
-    def _fit(self, sizes: Mapping[str, Option]) -> tuple[dict[str, KronLinear], dict[str, float]]:
-        layers: dict[str, KronLinear] = {}
-        errors: dict[str, float] = {}
+    def _fit(self, sizes: Mapping[str, Option]) -> Fitted:
+        given = {"sizes": sizes, "ridge": self.options.ridge, "sweeps": self.options.sweeps}
+        if (target := self.options.target_sparsity) is None:
+            return self._walk(PlainFitting(**given), "Calibrating")
+        survey = self._walk(SurveyingFitting(**given), "Calibrating")
+        return self._walk(PrunedFitting(**given, dead=dead_blocks(survey, target)), "Pruning blocks")
 
-        def fitting(problem: Problem) -> nn.Module | None:
-            option = sizes[problem.name]
-            if option.block_size is None or option.rank is None:
-                return None
-            layer, error = fitted_layer(
-                problem, option.block_size, option.rank, ridge=self.options.ridge, sweeps=self.options.sweeps
-            )
-            layers[problem.name], errors[problem.name] = layer, error**0.5
-            return layer
-
+    def _walk(self, fitting: PlainFitting, what: str) -> Fitted:
+        fitted = fitting.fitted
         walk = calibrate_in_order(
             self.model, self.route, self.batches, fitting, streams=self.streams, token_weights=self.token_weights
         )
-        with tqdm(walk, total=len(self.targets), desc="Calibrating", unit="layer", delay=1.0, leave=False) as bar:
+        with tqdm(walk, total=len(self.targets), desc=what, unit="layer", delay=1.0, leave=False) as bar:
             for name in bar:
-                bar.set_postfix_str(f"{name}: error {errors.get(name, 0.0):.3f}")
-        for name, layer in layers.items():  # they were made in evaluation mode
+                bar.set_postfix_str(f"{name}: error {fitted.errors.get(name, 0.0):.3f}")
+        for name, layer in fitted.layers.items():  # they were made in evaluation mode
             layer.train(self.model.get_submodule(name).training)
-        return layers, errors
+        return fitted
 
 
 def _check_config(config: KronConfig) -> None:
@@ -172,6 +167,12 @@ def _check_config(config: KronConfig) -> None:
     if config.candidates:
         raise ValueError(
             "candidates are chosen in a training, by BlockSizeCallback; calibration fits one size, or a budget"
+        )
+    options = config.calibration_config
+    if config.budget and isinstance(options, CalibrationConfig) and options.target_sparsity is not None:
+        raise ValueError(
+            f"target_sparsity goes with one block_size and a rank above what is needed, not with {config.budget}: "
+            "what it prunes would not be counted"
         )
 
 
@@ -233,9 +234,7 @@ def _option(target: Target) -> Option:
     return kron_option(*sizes, target.block_size, target.rank)
 
 
-def _row(
-    target: Target, option: Option, errors: Mapping[str, float], choices: Mapping[str, LayerChoices] | None
-) -> CalibratedLayer:
+def _row(target: Target, option: Option, fitted: Fitted, choices: Mapping[str, LayerChoices] | None) -> CalibratedLayer:
     own = None if choices is None else choices[target.name]
     return CalibratedLayer(
         name=target.name,
@@ -244,9 +243,10 @@ def _row(
         has_bias=target.linear.bias is not None,
         block_size=option.block_size,
         rank=option.rank,
-        error=errors.get(target.name, 0.0),
+        error=fitted.errors.get(target.name, 0.0),
         held_out_error=None if own is None else own.errors[own.options.index(option)] ** 0.5,
         sensitivity=None if own is None else own.sensitivity,
+        sparsity=fitted.layers[target.name].sparsity if target.name in fitted.layers else 0.0,
     )
 
 

@@ -15,12 +15,14 @@ from kron_hf import (
     KronConfig,
     KronLinear,
     calibrate,
-    conversion,
     get_kron_model,
     kron_summary,
     preprocess_kron,
 )
+from kron_hf.calibration import fittings
 from kron_hf.calibration.passes import run
+from kron_hf.factors import block_norms
+from kron_hf.sparsity.pruning import model_sparsity
 
 MODELS = {
     "ViT": (tiny.vit, tiny.image_batches),
@@ -187,8 +189,8 @@ def test_an_interruption_leaves_the_model_dense(monkeypatch):
             raise KeyboardInterrupt
         return fitted(*args, **kwargs)
 
-    fitted = conversion.fitted_layer
-    monkeypatch.setattr(conversion, "fitted_layer", interrupted)
+    fitted = fittings.fitted_layer
+    monkeypatch.setattr(fittings, "fitted_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get_kron_model(model, KronConfig(**UNIFORM), calibration_data=tiny.image_batches())
     assert model.state_dict().keys() == before.keys()
@@ -225,3 +227,30 @@ def test_options_reach_the_fit():
     assert many.result.layers[0].error < few.result.layers[0].error
     cls = calibrate(tiny.dinov2(), KronConfig(**UNIFORM, calibration_config=CalibrationConfig(readout="cls")), data)
     assert not torch.equal(cls.layers["encoder.layer.0.mlp.fc1"].a, few.layers["encoder.layer.0.mlp.fc1"].a)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5])
+def test_blocks_are_pruned_to_the_target_and_the_others_refitted(target):
+    dense, batches = tiny.dinov2(), tiny.image_batches(64, 16)
+    held_out = tiny.image_batches(96, 96, seed=1)[0]
+    sparse = CalibrationConfig(target_sparsity=target)
+    model = get_kron_model(
+        copy.deepcopy(dense), KronConfig(**UNIFORM, calibration_config=sparse), calibration_data=batches
+    )
+    blocks = sum(layer.s.numel() for layer in model.modules() if isinstance(layer, KronLinear))
+    assert model_sparsity(model) == pytest.approx(target, abs=1 / blocks)
+    assert all(layer.sparsity < 1 for layer in model.modules() if isinstance(layer, KronLinear))
+    # Against pruning the same fit in one go, by norms, without a refit.
+    plain = get_kron_model(copy.deepcopy(dense), KronConfig(**UNIFORM), calibration_data=batches)
+    for layer in (module for module in plain.modules() if isinstance(module, KronLinear)):
+        norms = block_norms(layer.s.detach(), layer.a.detach(), layer.b.detach())
+        layer.freeze_mask(norms < norms.flatten().sort().values[int(target * norms.numel())])
+    assert output_error(model, dense, held_out) < 0.8 * output_error(plain, dense, held_out)
+    layer = next(layer for layer in model.modules() if isinstance(layer, KronLinear) and layer.sparsity > 0)
+    assert layer.dead_blocks is not None
+
+
+def test_a_budget_and_a_sparsity_exclude_each_other():
+    config = KronConfig(target_params=0.5, calibration_config=CalibrationConfig(target_sparsity=0.5))
+    with pytest.raises(ValueError, match="target_sparsity goes with one block_size"):
+        calibrate(tiny.vit(), config, tiny.image_batches())

@@ -7,7 +7,7 @@ from torch import nn
 
 from kron_hf import KronConfig, KronLinear
 from kron_hf.calibration.batches import Batches
-from kron_hf.calibration.fitted_layer import fitted_layer
+from kron_hf.calibration.fitted_layer import fitted_factors, fitted_layer
 from kron_hf.calibration.passes import run, swapped
 from kron_hf.calibration.route import find_route
 from kron_hf.calibration.sequential import calibrate_in_order
@@ -22,6 +22,11 @@ def names_of(model):
     return [target.name for target in find_targets(model, KronConfig(block_size=(1, -1), rank=1), compare_cost=False)]
 
 
+def fit(problem, block_size, rank, **options):
+    a, b = fitted_factors(problem, block_size, rank, **options)
+    return fitted_layer(problem, torch.ones_like(a[0]), a, b)
+
+
 def converted(model, data, ranks, *, residual=True, token_weights=no_weights, keeps=True):
     """Low-rank layers of ranks that the end of each name says; others stay as they are."""
     batches = Batches(data)
@@ -32,7 +37,7 @@ def converted(model, data, ranks, *, residual=True, token_weights=no_weights, ke
         rank = next((rank for ending, rank in ranks.items() if problem.name.endswith(ending)), None)
         if rank is None:
             return None
-        layers[problem.name], _ = fitted_layer(problem, (1, problem.linear.in_features), rank, ridge=RIDGE)
+        layers[problem.name], _ = fit(problem, (1, problem.linear.in_features), rank, ridge=RIDGE)
         return layers[problem.name]
 
     first = next(iter(batches))
@@ -135,7 +140,7 @@ def test_full_rank_gives_the_dense_model_back(build):
 
     def fitting(problem):
         linear = problem.linear
-        layers[problem.name], error = fitted_layer(
+        layers[problem.name], error = fit(
             problem, (1, linear.in_features), min(linear.in_features, linear.out_features), ridge=1e-12
         )
         assert error < 1e-6
@@ -171,7 +176,7 @@ def test_the_fitted_layer_is_like_the_linear_and_its_error_is_the_measured_one()
     model.vit.layers[0].mlp.fc1.weight.requires_grad_(False)
     _, problems, _ = converted(model, data, {})
     problem = problems["vit.layers.0.mlp.fc1"]
-    layer, error = fitted_layer(problem, (4, 8), 2)
+    layer, error = fit(problem, (4, 8), 2)
     assert layer.a.dtype == torch.bfloat16
     assert not layer.a.requires_grad
     assert layer.bias.requires_grad
@@ -191,7 +196,7 @@ def test_a_linear_without_bias_is_fitted_with_its_mean():
     problems = []
     route = find_route(model, ["0"], {"": x})
     list(calibrate_in_order(model, route, Batches([x]), problems.append))
-    layer, error = fitted_layer(problems[0], (1, 6), 2, ridge=RIDGE)
+    layer, error = fit(problems[0], (1, 6), 2, ridge=RIDGE)
     assert layer.bias is None
     y = model[0](x)
     assert error == pytest.approx(float((layer(x) - y).square().sum() / y.square().sum()), rel=1e-6)

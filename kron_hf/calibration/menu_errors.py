@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kron_hf.calibration.allocation import LayerChoices
 from kron_hf.calibration.dense_walk import Inputs
 from kron_hf.calibration.fit import fit_factors, output_error
-from kron_hf.calibration.fitted_layer import about_zero, layer_with
+from kron_hf.calibration.fitted_layer import layer_with
 from kron_hf.calibration.low_rank import low_rank_path
 from kron_hf.calibration.menu import Option, is_low_rank
 from kron_hf.calibration.moments import Covariances
@@ -38,7 +38,7 @@ def layer_choices(
     """
     fitting, held_out = inputs.fitting, inputs.held_out
     if inputs.linear.bias is None:
-        fitting, held_out = about_zero(fitting), about_zero(held_out)
+        fitting, held_out = fitting.about_zero(), held_out.about_zero()
     weights = None if output_weights is None else output_weights.to(fitting.c)
     fits = _Fits(inputs.linear, fitting, held_out, weights, ridge)
     errors = [0.0 if option.is_dense else fits.error(option) for option in menu]
@@ -73,9 +73,8 @@ class _Fits:
 
     def layer(self, option: Option) -> nn.Module:
         """The layer of an option."""
-        assert option.block_size is not None
         a, b = self._factors(option)
-        return layer_with(self.linear, option.block_size, torch.ones_like(a[0]), a, b, self.fitting)
+        return layer_with(self.linear, torch.ones_like(a[0]), a, b, self.fitting)
 
     def _factors(self, option: Option) -> tuple[Tensor, Tensor]:
         assert option.block_size is not None

@@ -57,6 +57,17 @@ class Covariances:
             self, mean_y=mean if bias is None else mean + bias.to(mean), g=g, v=(g * weight).sum(1).clamp_min(0)
         )
 
+    def about_zero(self) -> "Covariances":
+        """Second moments about zero: for a layer without a bias, whose weight has to fit the mean, too."""
+        return replace(
+            self,
+            c=self.c + torch.outer(self.mean_x, self.mean_x),
+            g=self.g + torch.outer(self.mean_y, self.mean_x),
+            v=self.v + self.mean_y.square(),
+            mean_x=torch.zeros_like(self.mean_x),
+            mean_y=torch.zeros_like(self.mean_y),
+        )
+
     def split(self, out_features: list[int]) -> list["Covariances"]:
         """Parts with so many outputs each, for layers that read the same x (q, k, v): they share C and its memory."""
         if sum(out_features) != len(self.v):

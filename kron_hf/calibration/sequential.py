@@ -37,6 +37,15 @@ class Problem:
     covariances: Covariances
     output_weights: Tensor | None
 
+    @property
+    def moments(self) -> Covariances:
+        """The covariances that a fit is made to: about the means, or about zero for a linear without a bias."""
+        return self.covariances if self.linear.bias is not None else self.covariances.about_zero()
+
+    def weights_like(self, other: Tensor) -> Tensor | None:
+        """The output weights in the dtype and on the device of another tensor."""
+        return None if self.output_weights is None else self.output_weights.to(other)
+
 
 # The layer that takes the place of a linear; None leaves it as it is.
 Fitting = Callable[[Problem], nn.Module | None]
