@@ -61,9 +61,8 @@ class KronConfig(PeftConfig):
         candidate_ranks: Ranks to choose from, in place of `rank`, combined with every candidate block size.
         init_weights: How the factors start. `"random"`: variance-matched noise. `"nearest"`: the best fit to the
             replaced weight in the Frobenius norm (not for candidates). `"calibrated"`: fitted to the layer's outputs
-            on data (not in this version). None: calibrated with a budget or a `calibration_config`; else random for a
-            model that was built from its config, and an error for one loaded from a checkpoint, since its weights would
-            be lost.
+            on data. None: calibrated if there is calibration data; else random for a model that was built from its
+            config, and an error for one loaded from a checkpoint, since its weights would be lost.
         target_params: Budget in place of `block_size` and `rank`: calibration data chooses both for every layer, or
             leaves it dense, so that all layers together have at most this share of their dense parameters, in (0, 1].
             Counted as deployed: A, B and the bias, with S folded into A.

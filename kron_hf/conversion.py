@@ -1,7 +1,8 @@
 """`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from kron_hf.calibration.allocation import LayerChoices, allocate
 from kron_hf.calibration.batches import Batch, Batches
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
-from kron_hf.calibration.menu import Option, kron_option, layer_menu
+from kron_hf.calibration.menu import Option, is_low_rank, kron_option, layer_menu
 from kron_hf.calibration.menu_errors import layer_choices
 from kron_hf.calibration.passes import evaluation, first_tensor
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
@@ -30,7 +31,9 @@ from kron_hf.targets import Target, find_targets
 
 __all__ = ["Calibration", "calibrate"]
 
+FAR = 3.0  # times the budget's share of a layer
 FEW = 4  # examples that show where the residual stream is
+BAR: dict[str, Any] = {"unit": "layer", "delay": 1.0, "leave": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,7 @@ class _Calibrating:
     def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
         _check_config(config)
         self.model, self.config = model, config
-        self.options = config.calibration_config or CalibrationConfig()
-        assert isinstance(self.options, CalibrationConfig)
+        self.options = _options(config)
         self.targets = find_targets(model, config, compare_cost=config.budget is None)
         self.batches = _batches(model, data, self.options)
         with evaluation(model):
@@ -111,16 +113,28 @@ class _Calibrating:
             token_weights=self.token_weights,
         )
         found: dict[str, LayerChoices] = {}
-        for inputs in _progress(walk, len(self.targets), "Measuring options"):
+        near = self.config.target_params or self.config.target_flops or 0.25
+        for inputs in tqdm(walk, total=len(self.targets), desc="Measuring options", **BAR):
             linear, stream = inputs.linear, self.streams.get(inputs.name)
-            menu = layer_menu(
-                linear.out_features, linear.in_features, linear.bias is not None, shapes=self.options.menu_shapes
-            )
             weights = None if stream is None else stream.scale.square()
-            near = self.config.target_params or self.config.target_flops or 0.25
-            choices = layer_choices(inputs, menu, output_weights=weights, ridge=self.options.ridge, near=near)
-            found[inputs.name] = choices
+            found[inputs.name] = layer_choices(
+                inputs, self._menu(linear), output_weights=weights, ridge=self.options.ridge, near=near
+            )
         return found
+
+    def _menu(self, linear: nn.Linear) -> list[Option]:
+        """What is worth a fit: blocks that are fitted one by one are not, far above the budget."""
+        sizes = (linear.out_features, linear.in_features)
+        menu = layer_menu(*sizes, linear.bias is not None, shapes=self.options.menu_shapes)
+        params = FAR * (self.config.target_params or math.inf) * menu[-1].params
+        flops = FAR * (self.config.target_flops or math.inf) * menu[-1].flops
+        return [
+            option
+            for option in menu
+            if option.block_size is None
+            or is_low_rank(option.block_size, *sizes)
+            or (option.params <= params and option.flops <= flops)
+        ]
 
     def _sizes(self, choices: Mapping[str, LayerChoices] | None) -> dict[str, Option]:
         if choices is None:
@@ -151,12 +165,17 @@ class _Calibrating:
         walk = calibrate_in_order(
             self.model, self.route, self.batches, fitting, streams=self.streams, token_weights=self.token_weights
         )
-        with tqdm(walk, total=len(self.targets), desc=what, unit="layer", delay=1.0, leave=False) as bar:
+        with tqdm(walk, total=len(self.targets), desc=what, **BAR) as bar:
             for name in bar:
                 bar.set_postfix_str(f"{name}: error {fitted.errors.get(name, 0.0):.3f}")
         for name, layer in fitted.layers.items():  # they were made in evaluation mode
             layer.train(self.model.get_submodule(name).training)
         return fitted
+
+
+def _options(config: KronConfig) -> CalibrationConfig:
+    options = config.calibration_config
+    return options if isinstance(options, CalibrationConfig) else CalibrationConfig(**(options or {}))
 
 
 def _check_config(config: KronConfig) -> None:
@@ -168,16 +187,11 @@ def _check_config(config: KronConfig) -> None:
         raise ValueError(
             "candidates are chosen in a training, by BlockSizeCallback; calibration fits one size, or a budget"
         )
-    options = config.calibration_config
-    if config.budget and isinstance(options, CalibrationConfig) and options.target_sparsity is not None:
+    if config.budget and _options(config).target_sparsity is not None:
         raise ValueError(
             f"target_sparsity goes with one block_size and a rank above what is needed, not with {config.budget}: "
             "what it prunes would not be counted"
         )
-
-
-def _progress(walk: Iterator[Any], total: int, what: str) -> Iterator[Any]:
-    return tqdm(walk, total=total, desc=what, unit="layer", delay=1.0, leave=False)
 
 
 def _batches(model: nn.Module, data: Any, options: CalibrationConfig) -> Batches:

@@ -58,7 +58,8 @@ class Batches:
             )
         self._loader: Iterable[Any] = data
         if not isinstance(data, DataLoader) and _holds_examples(data):
-            self._loader = DataLoader(data, batch_size=batch_size, shuffle=False, collate_fn=collate)
+            examples: Any = data
+            self._loader = DataLoader(examples, batch_size=batch_size, shuffle=False, collate_fn=collate)
         self._seed, self._device, self._dtype = seed, device, dtype
         self._sums: list[float] = []
         if next(iter(self), None) is None:
@@ -106,7 +107,8 @@ def _holds_examples(data: Any) -> bool:
     """Whether it is a data set of single examples and not a sequence of batches."""
     if not hasattr(data, "__getitem__") or not isinstance(data, Sized) or not len(data):
         return False
-    first = data[0]
+    indexed: Any = data
+    first = indexed[0]
     if isinstance(first, Mapping):
         tensors = [value for name, value in first.items() if name not in LABELS and isinstance(value, Tensor)]
         return not tensors or any(tensor.ndim in (1, 3) for tensor in tensors[:1])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,14 @@ from kron_hf.calibration.allocation import LayerChoices
 from kron_hf.calibration.dense_walk import Inputs
 from kron_hf.calibration.fit import fit_factors, output_error
 from kron_hf.calibration.fitted_layer import layer_with
-from kron_hf.calibration.low_rank import low_rank_path
+from kron_hf.calibration.low_rank import LowRankPath, low_rank_path
 from kron_hf.calibration.menu import Option, is_low_rank
 from kron_hf.calibration.moments import Covariances
 
 __all__ = ["layer_choices"]
 
 SWEEPS = 2  # of the fits that are only compared
+TINY = 1e-12  # has a logarithm
 
 
 def layer_choices(
@@ -41,7 +43,7 @@ def layer_choices(
         fitting, held_out = fitting.about_zero(), held_out.about_zero()
     weights = None if output_weights is None else output_weights.to(fitting.c)
     fits = _Fits(inputs.linear, fitting, held_out, weights, ridge)
-    errors = [0.0 if option.is_dense else fits.error(option) for option in menu]
+    errors = fits.errors(menu)
     shares = {option: option.params / menu[-1].params for option in menu if not option.is_dense}
     if not shares:
         return LayerChoices(inputs.name, list(menu), errors, 0.0)
@@ -58,32 +60,51 @@ class _Fits:
         self, linear: nn.Linear, fitting: Covariances, held_out: Covariances, weights: Tensor | None, ridge: float
     ) -> None:
         self.linear, self.fitting, self.held_out, self.weights, self.ridge = linear, fitting, held_out, weights, ridge
-        self._low_rank_errors: list[float] | None = None
 
-    def error(self, option: Option) -> float:
-        """Relative squared error on the held-out examples."""
-        assert option.block_size is not None
-        assert option.rank is not None
-        if not is_low_rank(option.block_size, self.linear.out_features, self.linear.in_features):
-            return output_error(self.held_out, self._factors(option), output_weights=self.weights)
-        if self._low_rank_errors is None:
-            path = low_rank_path(self.fitting, output_weights=self.weights, ridge=self.ridge)
-            self._low_rank_errors = path.errors(self.held_out).tolist()
-        return self._low_rank_errors[option.rank - 1]
+    def errors(self, menu: Sequence[Option]) -> list[float]:
+        """Relative squared error of each option on the held-out examples; 0 for dense."""
+        ranks: dict[tuple[int, int], list[int]] = {}
+        for option in menu:
+            if option.block_size is not None and option.rank is not None:
+                ranks.setdefault(option.block_size, []).append(option.rank)
+        found = {(None, None): 0.0}
+        for block_size, offered in ranks.items():
+            of_ranks = self._low_rank_errors() if self._is_low_rank(block_size) else self._errors(block_size, offered)
+            found |= {(block_size, rank): of_ranks[rank] for rank in offered}
+        return [found[option.block_size, option.rank] for option in menu]
 
     def layer(self, option: Option) -> nn.Module:
         """The layer of an option."""
-        a, b = self._factors(option)
-        return layer_with(self.linear, torch.ones_like(a[0]), a, b, self.fitting)
-
-    def _factors(self, option: Option) -> tuple[Tensor, Tensor]:
         assert option.block_size is not None
         assert option.rank is not None
-        return fit_factors(
-            self.fitting,
-            option.block_size,
-            option.rank,
-            output_weights=self.weights,
-            ridge=self.ridge,
-            sweeps=SWEEPS,
-        )
+        a, b = self._factors(option.block_size, option.rank)
+        return layer_with(self.linear, torch.ones_like(a[0]), a, b, self.fitting)
+
+    def _is_low_rank(self, block_size: tuple[int, int]) -> bool:
+        return is_low_rank(block_size, self.linear.out_features, self.linear.in_features)
+
+    @cached_property
+    def _path(self) -> LowRankPath:
+        return low_rank_path(self.fitting, output_weights=self.weights, ridge=self.ridge)
+
+    def _low_rank_errors(self) -> dict[int, float]:
+        return dict(enumerate(self._path.errors(self.held_out).tolist(), start=1))
+
+    def _errors(self, block_size: tuple[int, int], ranks: Sequence[int]) -> dict[int, float]:
+        """Errors at all these ranks; between powers of two they are interpolated, logarithm over logarithm."""
+        fitted = sorted({rank for rank in ranks if rank & (rank - 1) == 0} | {min(ranks), max(ranks)})
+        known = [
+            output_error(self.held_out, self._factors(block_size, rank), output_weights=self.weights) for rank in fitted
+        ]
+        result = dict(zip(fitted, known, strict=True))
+        for rank in set(ranks) - set(fitted):
+            above = next(index for index, other in enumerate(fitted) if other > rank)
+            (low, high), (first, last) = fitted[above - 1 : above + 1], known[above - 1 : above + 1]
+            share = math.log(rank / low) / math.log(high / low)
+            result[rank] = max(first, TINY) ** (1 - share) * max(last, TINY) ** share
+        return result
+
+    def _factors(self, block_size: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
+        if self._is_low_rank(block_size):
+            return self._path.factors(rank, block_size)
+        return fit_factors(self.fitting, block_size, rank, output_weights=self.weights, ridge=self.ridge, sweeps=SWEEPS)

@@ -134,7 +134,7 @@ class Distilling(SafeSaving):
         recorder = self.distillation_loss.recorder(self.accelerator.unwrap_model(cast(nn.Module, self.model)))
         with recorder.recording():
             if config.wants("task") and labelled:
-                return super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+                return cast(tuple[Tensor, Any], super().compute_loss(model, dict(inputs), True, num_items_in_batch))
             return None, model(**inputs)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
