@@ -7,7 +7,6 @@ that is large beside the deviations costs no digits.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,8 +203,8 @@ class Moments:
 def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the rows `sqrt(w) * (x - mean)`, in float32 where that is precise enough."""
     narrow = values.device.type == "cpu" and values.dtype != torch.float64
-    backend: Any = torch.backends.mkldnn
-    narrow = narrow and backend.matmul.fp32_precision not in {"bf16", "tf32"}
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    narrow = narrow and precision not in {"bf16", "tf32"}
     narrow = narrow and bool((values.abs() < 1e15).all())  # their squares fit into float32
     first = values[:1].double()
     values = values.double() - first  # exact for a constant column: its variance is exactly zero
