@@ -14,6 +14,7 @@ from kron_hf.calibration.fitted_layer import layer_with
 from kron_hf.calibration.low_rank import LowRankPath, low_rank_path
 from kron_hf.calibration.menu import Option, is_low_rank
 from kron_hf.calibration.moments import Covariances
+from kron_hf.calibration.sequential import fitted_to
 
 __all__ = ["layer_choices"]
 
@@ -38,9 +39,7 @@ def layer_choices(
         ridge: Of the fits.
         near: The sensitivity is measured with the fit of the option whose share of the dense parameters comes nearest.
     """
-    fitting, held_out = inputs.fitting, inputs.held_out
-    if inputs.linear.bias is None:
-        fitting, held_out = fitting.about_zero(), held_out.about_zero()
+    fitting, held_out = (fitted_to(inputs.linear, part) for part in (inputs.fitting, inputs.held_out))
     weights = None if output_weights is None else output_weights.to(fitting.c)
     fits = _Fits(inputs.linear, fitting, held_out, weights, ridge)
     errors = fits.errors(menu)
