@@ -4,6 +4,7 @@ In domain: Fashion-MNIST. Out of it: crops of photographs that scikit-image and 
 to calibrate on, the other half to judge by.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,12 @@ def _photograph(name: str) -> Tensor:
 
         pixels: Any = load_sample_image(f"{name}.jpg")
     else:
-        import skimage
         from PIL import Image
 
-        folder = Path(skimage.__file__).parent / "data"
+        found = find_spec("skimage")
+        if found is None or found.origin is None:
+            raise ModuleNotFoundError("the photographs come with scikit-image: pip install scikit-image")
+        folder = Path(found.origin).parent / "data"
         path = next(path for path in (folder / f"{name}.png", folder / f"{name}.jpg") if path.exists())
         pixels = np.asarray(Image.open(path).convert("RGB"))
     return torch.tensor(np.array(pixels)).permute(2, 0, 1)[None].float() / 255

@@ -26,7 +26,9 @@ from examples.conversion.distilling import distill
 from examples.conversion.images import fashion, photograph_crops
 from examples.conversion.plan import PLAN, Conversion
 from examples.conversion.probe import Probe
-from kron_hf import CalibrationConfig, KronConfig, get_kron_model, kron_summary
+from kron_hf import CalibrationConfig, KronConfig, KronLinear, get_kron_model
+from kron_hf.factors import kron_flops
+from kron_hf.targets import find_targets
 
 __all__ = ["RESULTS", "convert", "main"]
 
@@ -50,11 +52,11 @@ def convert(model: nn.Module, conversion: Conversion) -> dict[str, Any]:
         **sizes,
     )
     data = {"calibration_data": _calibration_images(conversion)} if calibrated else {}
+    dense = {name: linear.weight.shape for name, linear in _projections(model).items()}
     began = time.perf_counter()
     get_kron_model(model, config, **data)
     seconds = time.perf_counter() - began
-    summary = kron_summary(model)
-    return {"seconds": round(seconds, 1), **_shares(summary)}
+    return {"seconds": round(seconds, 1), **_shares(model, dense)}
 
 
 def _calibration_images(conversion: Conversion) -> list[dict[str, Tensor]]:
@@ -101,7 +103,8 @@ def _measured(name: str, conversion: Conversion, probes: dict[str, Probe]) -> di
     row = convert(model, conversion)
     if conversion.distill_steps:
         images, _ = fashion("train", 0, POOL)
-        row["distill_seconds"] = distill(model, name, images, conversion.distill_steps, seed=conversion.seed)
+        teacher = AutoModel.from_pretrained(name)
+        row["distill_seconds"] = distill(model, teacher, images, conversion.distill_steps, seed=conversion.seed)
     for prefix, probe in probes.items():
         row[f"{prefix}dense"] = probe.score
         row |= {f"{prefix}{key}": value for key, value in asdict(probe.measure(model)).items()}
@@ -109,12 +112,26 @@ def _measured(name: str, conversion: Conversion, probes: dict[str, Probe]) -> di
     return row | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _shares(summary: Any) -> dict[str, float]:
-    converted = summary.converted
-    return {
-        "params_of_dense": converted.deployed_params / converted.dense_params,
-        "flops_of_dense": converted.forward_flops / converted.dense_forward_flops,
-    }
+def _projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """What the default config converts."""
+    targets = find_targets(model, KronConfig(block_size=(1, -1), rank=1), compare_cost=False)
+    return {target.name: target.linear for target in targets}
+
+
+def _shares(model: nn.Module, dense: dict[str, torch.Size]) -> dict[str, float]:
+    """Deployed parameters, biases included, and FLOPs of all projections over those of the dense ones."""
+    params = flops = 0
+    for name, (out_features, in_features) in dense.items():
+        module = model.get_submodule(name)
+        if isinstance(module, KronLinear):
+            params += module.a.numel() + module.b.numel() + out_features
+            flops += kron_flops(out_features, in_features, module.block_size, module.rank)
+        else:
+            params += out_features * in_features + out_features
+            flops += 2 * out_features * in_features
+    all_params = sum((in_features + 1) * out_features for out_features, in_features in dense.values())
+    all_flops = sum(2 * out_features * in_features for out_features, in_features in dense.values())
+    return {"params_of_dense": params / all_params, "flops_of_dense": flops / all_flops}
 
 
 def _key(row: dict[str, Any]) -> str:

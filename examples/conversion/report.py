@@ -1,0 +1,72 @@
+"""The tables of the conversions that have been made.
+
+python -m examples.conversion.report
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from examples.conversion.run import RESULTS
+
+__all__ = ["main", "table"]
+
+Row = dict[str, Any]
+HEADER = (
+    *("method", "params", "FLOPs", "refit", "kept", "photographs: refit", "kept", "feature error", "photographs"),
+    *("seconds", "seeds"),
+)
+
+
+def table(rows: list[Row]) -> str:
+    """A line for all seeds of a conversion, in Markdown; the dense model first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_name(row), []).append(row)
+    first = rows[0]
+    scores = [f"{first['dense']:.3f}"] * 2 + [f"{first['photograph_dense']:.3f}"] * 2
+    lines = [HEADER, ["---"] * len(HEADER), ["dense", "1", "1", *scores, "0", "0", "", ""]]
+    lines += [_line(name, group) for name, group in groups.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _name(row: Row) -> str:
+    if row["budget"] is None:
+        shape = f"{row['block_size'][0]} x {row['block_size'][1]} rank {row['rank']}"
+    else:
+        menu = "chosen shapes" if row["menu"] is None else "low rank, chosen ranks"
+        shape = f"{menu}, {row['budget']:g}"
+    extras = [" mixed images"] * row["mixed"] + [f" {row['distill_steps']} steps of distillation"] * bool(
+        row["distill_steps"]
+    )
+    return ",".join([f"{row['method']}, {shape}", *extras])
+
+
+def _line(name: str, rows: list[Row]) -> list[str]:
+    keys = ("refit", "kept", "photograph_refit", "photograph_kept", "feature_error", "photograph_feature_error")
+    return [
+        name,
+        f"{mean(row['params_of_dense'] for row in rows):.3f}",
+        f"{mean(row['flops_of_dense'] for row in rows):.2f}",
+        *(_spread([row[key] for row in rows]) for key in keys),
+        f"{mean(row['seconds'] for row in rows):.0f}",
+        str(len(rows)),
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    print(table([json.loads(line) for line in options.results.open()]))
+
+
+if __name__ == "__main__":
+    main()
