@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "gradual pruning": {"color": "#000000", "marker": "*", "linestyle": "-."},
 }
 VARIANTS = {"straight-through": ">", "group penalty": "h", ", l1": "p"}
+SHOWN = 8.0  # points
 BARS = {"capsize": 3, "markersize": 7, "markeredgecolor": "black", "markeredgewidth": 0.6, "linewidth": 1.4}
 
 
@@ -64,6 +65,7 @@ def draw_nonzeros(cells: list[Cell], path: Path) -> None:
         axes.set(xlabel=f"{label}, compared layers", xscale="log")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("test accuracy, %")
+    _leave_out_below(panels[0], cells)
     _legend(figure, panels)
     figure.savefig(path, dpi=100)
 
@@ -86,6 +88,18 @@ def draw_masks(row: dict[str, Any], path: Path) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     figure.savefig(path, dpi=100)
+
+
+def _leave_out_below(axes: Any, cells: list[Cell]) -> None:
+    """Ends the axis `SHOWN` points below dense, and says in words what lies lower."""
+    dense = dense_cell(cells)
+    floor = None if dense is None else dense.accuracy[0] - SHOWN
+    lower = [cell for cell in cells if floor is not None and cell.accuracy[0] < floor]
+    if floor is None or not lower:
+        return
+    axes.set_ylim(bottom=floor)
+    names = {f"{cell.series[0]} {cell.accuracy[0]:.1f}": None for cell in lower}
+    axes.set_title(f"below: {', '.join(names)}", fontsize=7, loc="left")
 
 
 def _figure(width: float, height: float) -> Any:
