@@ -66,7 +66,7 @@ class _Fits:
         for option in menu:
             if option.block_size is not None and option.rank is not None:
                 ranks.setdefault(option.block_size, []).append(option.rank)
-        found = {(None, None): 0.0}
+        found: dict[tuple[tuple[int, int] | None, int | None], float] = {(None, None): 0.0}
         for block_size, offered in ranks.items():
             of_ranks = self._low_rank_errors() if self._is_low_rank(block_size) else self._errors(block_size, offered)
             found |= {(block_size, rank): of_ranks[rank] for rank in offered}
