@@ -22,8 +22,8 @@ class CalibrationConfig:
         readout: Which tokens count: `"cls"` weights the first one, `"all"` none. None: `"cls"` where the head reads it.
         ridge: Added to the diagonal of the inputs' covariance in a fit, times its mean; at least 0.
         sweeps: Sweeps of the alternating least squares over A and B; low rank needs none.
-        held_out: Share of the calibration batches, in [0, 1), that no layer is fitted to: by their outputs on these
-            options are compared and errors reported. 0: by those on the data that they were fitted to.
+        held_out: Share of the calibration examples, in [0, 1), by which a budget's options are compared, when each has
+            been fitted to the others. 0: by those that they were fitted to. What is chosen is then fitted to all.
         menu_shapes: Block sizes that a budget chooses from, as in `KronConfig.block_size`; dense is always offered.
             None: low rank and blocks of 4 x 64, or what comes nearest to it in a layer.
         flops_weight: Weight of the other cost. With `target_params` an option is offered to a layer only if none that
@@ -47,7 +47,7 @@ class CalibrationConfig:
     readout: Literal["cls", "all"] | None = field(default=None, metadata={"help": "Which tokens count."})
     ridge: float = field(default=1e-4, metadata={"help": "Added to the covariance's diagonal, times its mean."})
     sweeps: int = field(default=8, metadata={"help": "Sweeps of the alternating least squares."})
-    held_out: float = field(default=0.25, metadata={"help": "Share of the batches that no layer is fitted to."})
+    held_out: float = field(default=0.25, metadata={"help": "Share of the examples that compare options."})
     menu_shapes: list[BlockSize] | None = field(default=None, metadata={"help": "Block sizes to choose from."})
     flops_weight: float = field(default=0.0, metadata={"help": "Weight of the other cost in the choice."})
     batch_size: int = field(default=32, metadata={"help": "Rows of a batch of a dataset."})

@@ -2,22 +2,22 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
 from kron_hf.calibration.allocation import LayerChoices, allocate
-from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.batches import Batch, Batches, few_examples, is_label
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.menu import Option, is_low_rank, kron_option, layer_menu
 from kron_hf.calibration.menu_errors import layer_choices
-from kron_hf.calibration.passes import evaluation, first_tensor
+from kron_hf.calibration.passes import evaluation
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
@@ -26,13 +26,13 @@ from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.config import KronConfig
+from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target, find_targets
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "budget_settings", "calibrate"]
 
 FAR = 3.0  # times the budget's share of a layer
-FEW = 4  # examples that show where the residual stream is
 BAR: dict[str, Any] = {"unit": "layer", "delay": 1.0, "leave": False}
 
 
@@ -82,12 +82,13 @@ class _Calibrating:
         self.model, self.config = model, config
         self.options = _options(config)
         self.targets = find_targets(model, config, compare_cost=config.budget is None)
+        _check_targets(self.targets)
         self.batches = _batches(model, data, self.options)
         with evaluation(model):
             first = next(iter(self.batches))
             self.route = find_route(model, [target.name for target in self.targets], first)
-            self.streams = find_streams(model, self.route, _few(first))
-            self.token_weights = _token_weights(model, self.route, _few(first), self.options)
+            self.streams = find_streams(model, self.route, few_examples(first))
+            self.token_weights = _token_weights(model, self.route, few_examples(first), self.options)
 
     def run(self) -> Calibration:
         choices = None if self.config.budget is None else self._measure()
@@ -95,7 +96,7 @@ class _Calibrating:
         fitted = self._fit(sizes)
         result = CalibrationResult(
             layers=tuple(_row(target, sizes[target.name], fitted, choices) for target in self.targets),
-            settings=_settings(self.config),
+            settings=budget_settings(self.config),
         )
         kept = {"base_model_name_or_path": self.config.base_model_name_or_path, "revision": self.config.revision}
         return Calibration(layers=fitted.layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
@@ -126,8 +127,11 @@ class _Calibrating:
         """What is worth a fit: blocks that are fitted one by one are not, far above the budget."""
         sizes = (linear.out_features, linear.in_features)
         menu = layer_menu(*sizes, linear.bias is not None, shapes=self.options.menu_shapes)
+        # The cheapest is: if no option meets the budget, the error tells what they could.
         params = FAR * (self.config.target_params or math.inf) * menu[-1].params
+        params = max(params, min(option.params for option in menu))
         flops = FAR * (self.config.target_flops or math.inf) * menu[-1].flops
+        flops = max(flops, min(option.flops for option in menu))
         return [
             option
             for option in menu
@@ -194,6 +198,17 @@ def _check_config(config: KronConfig) -> None:
         )
 
 
+def _check_targets(targets: Sequence[Target]) -> None:
+    for target in targets:
+        if target.linear.weight.is_meta:
+            raise ValueError(
+                f"{target.name}: its weight is on the meta device, as that of a model which is offloaded; load the "
+                "model on one device to calibrate it"
+            )
+        if target.candidates:
+            raise ValueError(f"{target.name}: candidates are chosen in a training, calibration fits one size")
+
+
 def _batches(model: nn.Module, data: Any, options: CalibrationConfig) -> Batches:
     parameter = next(model.parameters())
     return Batches(
@@ -208,14 +223,19 @@ def _batches(model: nn.Module, data: Any, options: CalibrationConfig) -> Batches
 
 def _collate_for(model: nn.Module) -> Callable[[list[Any]], Any]:
     """Trainer's default collator, on the columns that the model takes."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = [name for name in inspect.signature(model.forward).parameters if not is_label(name)]
 
     def collate(examples: list[Any]) -> Any:
-        if isinstance(examples[0], Mapping):
-            examples = [{name: value for name, value in each.items() if name in accepted} for each in examples]
-            return default_data_collator(examples)
         first = [each[0] if isinstance(each, tuple | list) else each for each in examples]
-        return torch.stack(first)
+        if not isinstance(first[0], Mapping):
+            return default_collate(first)
+        columns = [{name: value for name, value in each.items() if name in accepted} for each in first]
+        if not columns[0]:
+            raise ValueError(
+                f"calibration_data has the columns {shown(sorted(map(str, first[0])))}, and {type(model).__name__} "
+                f"takes none of them, but {', '.join(accepted)}: let the model's processor make its inputs of the data"
+            )
+        return default_data_collator(columns)
 
     return collate
 
@@ -230,16 +250,6 @@ def _token_weights(model: nn.Module, route: Route, batch: Batch, options: Calibr
     if tokens is None:
         raise ValueError("readout='cls' needs a model whose blocks give [batch, tokens, features]")
     return cls_weights(tokens)
-
-
-def _few(batch: Batch) -> Batch:
-    """The first examples of a batch."""
-    tensor = first_tensor(batch)
-    size = 0 if tensor is None else len(tensor)
-    return {
-        name: value[:FEW] if isinstance(value, torch.Tensor) and len(value) == size else value
-        for name, value in batch.items()
-    }
 
 
 def _option(target: Target) -> Option:
@@ -264,7 +274,8 @@ def _row(target: Target, option: Option, fitted: Fitted, choices: Mapping[str, L
     )
 
 
-def _settings(config: KronConfig) -> dict[str, Any]:
+def budget_settings(config: KronConfig) -> dict[str, Any]:
+    """What a config asks for: its budget, or else its block size and rank."""
     if config.budget is None:
         return {"block_size": config.block_size, "rank": config.rank}
     return {config.budget: getattr(config, config.budget)}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from kron_hf.config import KronConfig
-from kron_hf.conversion import Calibration, calibrate
+from kron_hf.conversion import Calibration, budget_settings, calibrate
 from kron_hf.layers import KronLinear
 from kron_hf.targets import Target
 
@@ -38,15 +38,18 @@ def preprocess_kron(model: nn.Module, config: KronConfig, calibration_data: Any)
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
     calibration = calibrate(model, config, calibration_data)
+    for module in model.modules():
+        module.__dict__.pop(ATTRIBUTE, None)  # of a call before
     for layer in calibration.result.layers:
-        setattr(model.get_submodule(layer.name), ATTRIBUTE, (calibration.layers.get(layer.name),))
+        prepared = (calibration.layers.get(layer.name), calibration.result.settings)
+        setattr(model.get_submodule(layer.name), ATTRIBUTE, prepared)
     return calibration
 
 
-def take_prepared(targets: Sequence[Target]) -> dict[str, KronLinear] | None:
+def take_prepared(targets: Sequence[Target], config: KronConfig) -> dict[str, KronLinear] | None:
     """Takes the layers that `preprocess_kron` has left at all targets; None if it has left none.
 
-    Targets that are to stay dense are not among them.
+    They take the dtype and device that the linears have now. Targets that are to stay dense are not among them.
 
     Raises:
         ValueError: It has left them at some targets only, or of other sizes: it was called with another config.
@@ -54,10 +57,34 @@ def take_prepared(targets: Sequence[Target]) -> dict[str, KronLinear] | None:
     found = {target.name: getattr(target.linear, ATTRIBUTE, None) for target in targets}
     if not any(found.values()):
         return None
-    if missing := [name for name, entry in found.items() if entry is None]:
-        raise ValueError(
-            f"{missing[0]}: preprocess_kron has prepared no layer here; call it with the config of get_peft_model"
-        )
+    layers: dict[str, KronLinear] = {}
+    for target in targets:
+        layer = _checked(target, config, found[target.name])
+        if layer is not None:
+            layers[target.name] = layer.to(target.linear.weight.device, target.linear.weight.dtype)
     for target in targets:
         delattr(target.linear, ATTRIBUTE)
-    return {name: entry[0] for name, entry in found.items() if entry is not None and entry[0] is not None}
+    return layers
+
+
+def _checked(target: Target, config: KronConfig, entry: tuple[KronLinear | None, Any] | None) -> KronLinear | None:
+    advice = "call it with the config of get_peft_model"
+    if entry is None:
+        raise ValueError(f"{target.name}: preprocess_kron has prepared no layer here; {advice}")
+    if config.init_weights not in (None, "calibrated"):
+        raise ValueError(
+            f"{target.name}: preprocess_kron has prepared a layer here, but init_weights={config.init_weights!r}; "
+            f"{advice}"
+        )
+    layer, settings = entry
+    if config.budget is not None:
+        same, wanted = settings == budget_settings(config), f"{config.budget}={getattr(config, config.budget)}"
+    else:
+        same = layer is not None and (layer.block_size, layer.rank) == (target.block_size, target.rank)
+        wanted = f"blocks of {target.block_size} at rank {target.rank}"
+    if not same:
+        raise ValueError(
+            f"{target.name}: preprocess_kron has prepared a layer of another config ({settings}) than the one that "
+            f"asks for {wanted}; {advice}"
+        )
+    return layer

@@ -96,6 +96,33 @@ def test_a_data_set_of_examples_with_labels_and_other_columns():
         torch.testing.assert_close(layer.a, batches.layers[name].a)
 
 
+def test_labels_of_any_kind_are_left_out_and_columns_that_do_not_fit_are_named():
+    examples = [{"pixel_values": image, "labels": {"boxes": torch.zeros(2, 4)}} for image in tiny.pixels(4)]
+    assert calibrate(tiny.vit(), KronConfig(**UNIFORM), examples).layers
+    pairs = [({"pixel_values": image}, 0) for image in tiny.pixels(4)]
+    assert calibrate(tiny.vit(), KronConfig(**UNIFORM), pairs).layers
+    with pytest.raises(
+        ValueError, match=r"columns \['image', 'label'\], and ViTFor.*takes none.*pixel_values.*process"
+    ):
+        calibrate(tiny.vit(), KronConfig(**UNIFORM), [{"image": "x.png", "label": 0}])
+
+
+def test_a_budget_below_a_menu_names_the_smallest_that_its_cheapest_options_reach():
+    config = KronConfig(target_params=0.01, calibration_config={"menu_shapes": [(8, 8)]})
+    with pytest.raises(ValueError, match=r"target_params=0\.01 is below the smallest .*: 0\.0") as caught:
+        calibrate(tiny.vit(), config, tiny.image_batches())
+    smallest = float(str(caught.value).rpartition(" ")[2])
+    config = KronConfig(target_params=smallest, calibration_config=config.calibration_config)
+    assert calibrate(tiny.vit(), config, tiny.image_batches()).layers
+
+
+def test_a_model_that_is_not_in_memory_is_refused():
+    model = tiny.vit()
+    model.vit.layers[1].mlp.fc2.to("meta")
+    with pytest.raises(ValueError, match=r"vit\.layers\.1\.mlp\.fc2: its weight is on the meta device"):
+        calibrate(model, KronConfig(**UNIFORM), tiny.image_batches())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype):
     dense = tiny.dinov2().to(dtype)
@@ -213,6 +240,33 @@ def test_an_adapter_of_prepared_layers_computes_what_the_converted_model_does(co
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.vit(), tmp_path).eval()
     assert torch.equal(run(loaded, batch).logits, run(adapted, batch).logits)
+
+
+@pytest.mark.filterwarnings(PEFT_NOISE)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param({"block_size": 8, "rank": 2}, r"asks for blocks of \(8, 8\) at rank 2", id="block size"),
+        pytest.param({"target_params": 0.5}, r"another config .*asks for target_params=0\.5", id="budget"),
+        pytest.param({**UNIFORM, "init_weights": "random"}, "init_weights='random'", id="random"),
+    ],
+)
+def test_prepared_layers_of_another_config_are_refused(config, message):
+    model = tiny.vit()
+    preprocess_kron(model, KronConfig(**UNIFORM), tiny.image_batches())
+    with pytest.raises(ValueError, match=f"q_proj: preprocess_kron has prepared .*{message}.*call it with the config"):
+        get_peft_model(model, KronConfig(**config))
+    assert not any(isinstance(module, KronLinear) for module in model.modules())
+
+
+@pytest.mark.filterwarnings(PEFT_NOISE)
+def test_prepared_layers_follow_the_model_and_the_last_call_counts():
+    model, config = tiny.vit(), KronConfig(**UNIFORM, target_modules=["fc1"])
+    preprocess_kron(model, KronConfig(**UNIFORM), tiny.image_batches())
+    preprocess_kron(model, config, tiny.image_batches())
+    assert not hasattr(model.vit.layers[0].mlp.fc2, "kron_prepared")
+    adapted = get_peft_model(model.to(torch.bfloat16), config)
+    assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16}
 
 
 def test_an_adapter_without_prepared_layers_says_what_to_call():

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from kron_hf.calibration.batches import Batches
+from kron_hf.calibration.batches import Batches, example_count, few_examples
 
 
 class Noisy(Dataset):
@@ -83,3 +83,55 @@ def test_data_that_changes_from_pass_to_pass_is_refused():
     batches = Batches(Changing())
     with pytest.raises(ValueError, match=r"gave another batch 0 than before.*shuffle=False"):
         next(iter(batches))
+
+
+class Stream(IterableDataset):
+    """Examples of a source that can be read once, or again and again."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        return iter(self.source)
+
+
+EXAMPLES = [{"pixel_values": torch.full((1, 2, 2), float(i)), "labels": i} for i in range(5)]
+
+
+def test_a_stream_of_examples_is_collated():
+    assert [batch["pixel_values"].shape[0] for batch in Batches(Stream(EXAMPLES), batch_size=2)] == [2, 2, 1]
+
+
+def test_a_source_that_is_used_up_is_refused():
+    with pytest.raises(ValueError, match=r"calibration_data gave 0 batches in one pass and 1 in another.*generator"):
+        list(Batches(DataLoader(Stream(iter(EXAMPLES[:2])), batch_size=2)))
+
+
+def test_a_data_set_holds_examples_of_any_shape():
+    class Videos(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"pixel_values": torch.zeros(2, 1, 4, 4)}
+
+    assert [batch["pixel_values"].shape for batch in Batches(Videos(), batch_size=3)] == [(3, 2, 1, 4, 4)]
+
+
+def test_a_list_of_batches_of_spectrograms_is_one_of_batches():
+    assert [batch["input_values"].shape for batch in Batches([{"input_values": torch.zeros(2, 8, 4)}])] == [(2, 8, 4)]
+
+
+def test_few_examples_are_taken_where_all_tensors_agree_on_what_one_is():
+    batch = {"pixel_values": torch.zeros(9, 1, 2, 2), "captions": list("abcdefghi"), "scale": torch.tensor(2.0)}
+    few = few_examples(batch)
+    assert few["pixel_values"].shape[0] == len(few["captions"]) == 4
+    assert few["scale"] == 2
+    assert example_count({"scale": torch.tensor(2.0), **batch}) == 9
+    patches = {"input_ids": torch.zeros(2, 7), "pixel_values": torch.zeros(30, 12)}
+    assert few_examples(patches) is patches
+
+
+def test_a_single_batch_is_to_be_put_into_a_list():
+    with pytest.raises(TypeError, match=r"got dict; if it is a batch, pass \[batch\]"):
+        Batches({"pixel_values": torch.zeros(3, 1, 2, 2)})

@@ -4,14 +4,17 @@ import pytest
 import tiny_calibration as tiny
 import torch
 from torch import nn
+from transformers import ViTMAEConfig, ViTMAEModel
 
 from kron_hf import KronConfig
 from kron_hf.calibration.batches import Batches
+from kron_hf.calibration.features import Features
 from kron_hf.calibration.passes import hooked, run, skipped, swapped
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.route import find_route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.streams import find_streams
+from kron_hf.calibration.token_weights import no_weights
 from kron_hf.targets import find_targets
 
 MODELS = {"ViT": tiny.vit, "DINOv2": tiny.dinov2, "BERT": tiny.bert, "Swin": tiny.swin}
@@ -117,17 +120,112 @@ def test_passes_begin_with_the_inputs_where_a_later_part_reads_an_earlier_block(
     assert not begins_anywhere(model, route, batch)
 
 
-def test_a_layer_that_is_called_twice_is_not_in_turn():
-    class Twice(nn.Module):
+class Decoding(nn.Module):
+    """An encoder of one layer, and a decoder whose layers all read what the encoder gave, in their second linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh())])
+        self.decoder = nn.ModuleList(nn.ModuleDict({"own": nn.Linear(4, 4), "other": nn.Linear(4, 4)}) for _ in "12")
+
+    def forward(self, x):
+        memory, y = self.encoder[0](x), x
+        for layer in self.decoder:
+            y = self.layer(layer, y, memory)
+        return y
+
+    def layer(self, layer, y, memory):
+        return torch.tanh(layer["own"](y) + layer["other"](memory))
+
+
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, y, memory):
+        return torch.tanh(self.own(y) + self.other(memory))
+
+
+class CallingDecoding(Decoding):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.ModuleList(Called() for _ in "12")
+
+    def layer(self, layer, y, memory):
+        return layer(y, memory)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(CallingDecoding, id="its second linear reads the encoder"),
+        pytest.param(Decoding, id="blocks that are not called themselves"),
+    ],
+)
+def test_passes_begin_with_the_inputs_where_a_decoder_reads_the_encoder(build):
+    torch.manual_seed(0)
+    model, batch = build(), {"": torch.randn(5, 4)}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    route = find_route(model, names, batch)
+    assert route.in_turn
+    assert not begins_anywhere(model, route, batch)
+
+
+def test_features_that_read_earlier_blocks_are_noticed():
+    class Pyramid(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
 
         def forward(self, x):
-            return self.layer(torch.tanh(self.layer(x)))
+            first = self.blocks[0](x)
+            return first, self.blocks[1](first)
 
-    route = find_route(Twice(), ["layer"], {"": torch.randn(5, 4)})
+    torch.manual_seed(0)
+    model, batch = Pyramid(), {"": torch.randn(5, 4)}
+    route = find_route(model, ["blocks.0.0", "blocks.1.0"], batch)
+    assert begins_anywhere(model, route, batch)
+    assert not begins_anywhere(model, route, batch, features=model)
+    features = Features(model, model, [batch], no_weights)
+    assert features.relative_error(0) == 0
+    # The first output does not depend on the second block; the second does.
+    with swapped(model, {"blocks.1": nn.Identity()}):
+        assert features.relative_error(0) > 0.01
+
+
+def test_features_of_a_backbone_that_the_model_does_not_call_and_of_one_number_an_example():
+    class Score(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.layer(x)[:, 0]
+
+    torch.manual_seed(0)
+    model = Score()
+    features = Features(model, nn.Identity(), [{"": torch.randn(5, 4)}], no_weights)
+    with swapped(model, {"layer": nn.Linear(4, 1)}):
+        assert features.relative_error(0) > 0.01
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.layer(x) + self.other(x))
+        return self.layer(hidden)
+
+
+def test_a_layer_that_is_called_twice_is_not_in_turn_and_stands_alone():
+    route = find_route(Twice(), ["layer", "other"], {"": torch.randn(5, 4)})
     assert not route.in_turn
+    assert route.repeated == {"layer"}
+    assert [stage for block in route.blocks for stage in block.stages] == [("layer",), ("other",)]
 
 
 def test_outputs_beyond_the_memory_are_given_up_and_passes_begin_with_the_inputs(monkeypatch):
@@ -161,3 +259,77 @@ def test_modules_are_put_back_after_an_error():
     assert dict(model.named_modules()) == before
     assert "forward" not in model.get_submodule("vit.layers.0").__dict__
     assert not model.vit._forward_hooks
+
+
+def test_a_residual_that_is_added_in_place_is_found():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.layer(torch.tanh(x))
+            y += x
+            return y
+
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(Block(), Block()), {"": torch.randn(4, 3, 8)}
+    route = find_route(model, ["0.layer", "1.layer"], batch)
+    assert list(find_streams(model, route, batch)) == ["0.layer", "1.layer"]
+
+
+def test_a_head_of_zeros_reads_no_token():
+    model, batches, route = setting("ViT")
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    assert not reads_first_token_alone(model, route, next(iter(batches)))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ViT", True), ("DINOv2", False)])
+def test_the_readout_behind_a_block_that_returns_a_mapping(name, expected):
+    model, batches, route = setting(name)
+    last = model.get_submodule(route.blocks[-1].name)
+    forward = last.forward
+
+    class Wrapped(nn.Module):
+        def forward(self, *args, **kwargs):
+            return {"hidden": forward(*args, **kwargs)}
+
+    class Unwrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Wrapped()
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)["hidden"]
+
+    inner = type(route)((type(route.blocks[-1])(f"{route.blocks[-1].name}.inner", ()),), in_turn=True)
+    with swapped(model, {route.blocks[-1].name: Unwrapped()}):
+        assert reads_first_token_alone(model, inner, next(iter(batches))) is expected
+
+
+def test_a_model_that_draws_masks_draws_the_same_in_every_pass():
+    config = ViTMAEConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config.image_size, config.patch_size, config.num_channels = 16, 4, 1
+    model, batch = ViTMAEModel(config).eval(), {"pixel_values": tiny.pixels(2)}
+    state = torch.get_rng_state()
+    first, second = run(model, batch), run(model, batch)
+    assert torch.equal(first.ids_restore, second.ids_restore)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(model(**batch).ids_restore, model(**batch).ids_restore)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_runs_as_it_was_written():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = Twice()
+    model.compile(backend=backend)
+    run(model, {"": torch.randn(2, 4)})
+    assert not compiled
+    model(torch.randn(2, 4))
+    assert compiled

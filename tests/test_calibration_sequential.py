@@ -7,6 +7,7 @@ from torch import nn
 
 from kron_hf import KronConfig, KronLinear
 from kron_hf.calibration.batches import Batches
+from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fitted_layer import fitted_factors, fitted_layer
 from kron_hf.calibration.passes import run, swapped
 from kron_hf.calibration.route import find_route
@@ -202,6 +203,28 @@ def test_a_linear_without_bias_is_fitted_with_its_mean():
     assert error == pytest.approx(float((layer(x) - y).square().sum() / y.square().sum()), rel=1e-6)
     _, s, _ = torch.linalg.svd(y, full_matrices=False)  # the best approximation of rank 2 of the outputs
     assert error == pytest.approx(float(s[2:].square().sum() / s.square().sum()), rel=1e-4)
+
+
+def test_a_layer_that_is_called_twice_is_fitted_to_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)) + 3)
+
+    torch.manual_seed(0)
+    model, x = Twice().double().requires_grad_(False), torch.randn(50, 4, dtype=torch.float64)
+    problems = []
+    route = find_route(model, ["layer"], {"": x})
+    list(calibrate_in_order(model, route, Batches([x]), problems.append))
+    (problem,) = problems
+    assert problem.covariances.rows == 100
+    torch.testing.assert_close(problem.covariances.mean_x, (x.mean(0) + (model.layer(x).tanh() + 3).mean(0)) / 2)
+    both = list(walk_dense(model, route, Batches([x]), features=model, held_out=0.0))
+    assert both[0].fitting.rows == 100
+    torch.testing.assert_close(both[0].fitting.mean_x, problem.covariances.mean_x)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,18 +1,18 @@
 """Calibration data, read again for every pass: the same batches in the same order each time."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["Batch", "Batches"]
+from kron_hf.calibration.random_numbers import same_random_numbers
+
+__all__ = ["Batch", "Batches", "example_count", "few_examples", "is_label"]
 
 Batch = dict[str, Any]
-LABELS = ("labels", "label", "label_ids")
+FEW = 4  # examples that show where a model's tokens go
 
 
 class Batches:
@@ -22,8 +22,9 @@ class Batches:
     shuffled loader, or one with random augmentation, gives the same batches in every pass.
 
     Args:
-        data: A `DataLoader`, a list or other re-iterable of batches, or a data set of single examples. A batch is a
-            mapping of the model's arguments, or a tensor for its first argument (of a tuple, the first entry).
+        data: A `DataLoader`, a list or other re-iterable of batches, or a data set of single examples, also a list of
+            them: of images with three dimensions, of texts with one. A batch is a mapping of the model's arguments, or
+            a tensor for its first argument (of a tuple, the first entry).
         collate: Makes a batch of a list of examples.
         batch_size: Examples a batch, if `data` is a data set.
         seed: Of the random numbers.
@@ -48,8 +49,10 @@ class Batches:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Iterable) or hasattr(data, "__getitem__")
         ):
+            one = "; if it is a batch, pass [batch]" if isinstance(data, Tensor | Mapping) else ""
             raise TypeError(
-                "calibration_data must be a DataLoader, a data set or a list of batches, got " + type(data).__name__
+                "calibration_data must be a DataLoader, a data set or a list of batches, got "
+                f"{type(data).__name__}{one}"
             )
         if isinstance(data, Iterator):
             raise TypeError(
@@ -62,6 +65,7 @@ class Batches:
             self._loader = DataLoader(examples, batch_size=batch_size, shuffle=False, collate_fn=collate)
         self._seed, self._device, self._dtype = seed, device, dtype
         self._sums: list[float] = []
+        self._length: int | None = None  # once a pass has come to its end
         if next(iter(self), None) is None:
             raise ValueError("calibration_data is empty: it holds no batch")
 
@@ -71,12 +75,13 @@ class Batches:
         Raises:
             ValueError: A batch differs from that of the first pass.
         """
-        with _same_random_numbers(self._seed):
+        with same_random_numbers(self._seed):
             source = iter(self._loader)
         for index in range(2**63):
-            with _same_random_numbers(self._seed + 1 + index):
+            with same_random_numbers(self._seed + 1 + index):
                 found = next(source, None)
             if found is None:
+                self._check_end(index)
                 return
             batch = _as_batch(found)
             self._check_same(index, batch)
@@ -87,7 +92,7 @@ class Batches:
         return len(self._loader) if isinstance(self._loader, Sized) else sum(1 for _ in self)
 
     def _check_same(self, index: int, batch: Batch) -> None:
-        total = sum(float(v.double().sum()) for v in batch.values() if isinstance(v, Tensor))
+        total = sum(float(v.cpu().double().sum()) for v in batch.values() if isinstance(v, Tensor))
         if index == len(self._sums):
             self._sums.append(total)
         elif total != self._sums[index] and total == total:
@@ -96,6 +101,15 @@ class Batches:
                 "the same order. Pass shuffle=False and no random augmentation, or a list of batches"
             )
 
+    def _check_end(self, count: int) -> None:
+        known = self._length or len(self._sums)
+        if count < len(self._sums) or self._length not in (None, count):
+            raise ValueError(
+                f"calibration_data gave {count} batches in one pass and {known} in another, as a data set over a "
+                "generator does: every pass must read the same batches. Pass a list of them"
+            )
+        self._length = count
+
     def _moved(self, batch: Batch) -> Batch:
         return {name: self._move(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
@@ -103,17 +117,41 @@ class Batches:
         return value.to(device=self._device, dtype=self._dtype if value.is_floating_point() else None)
 
 
+def example_count(batch: Batch) -> int:
+    """Examples of a batch: the length of its first tensor."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def few_examples(batch: Batch) -> Batch:
+    """The first examples of a batch; all, where its tensors differ in length and it is not clear what is an example."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    if len({len(tensor) for tensor in tensors}) != 1:
+        return batch
+    return {name: value[:FEW] if _has_length(value, len(tensors[0])) else value for name, value in batch.items()}
+
+
+def _has_length(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor | list | tuple) and getattr(value, "ndim", 1) > 0 and len(value) == length
+
+
+def is_label(name: str) -> bool:
+    """Whether an entry of a batch is what Trainer would take for labels."""
+    return "label" in name
+
+
 def _holds_examples(data: Any) -> bool:
-    """Whether it is a data set of single examples and not a sequence of batches."""
-    if not hasattr(data, "__getitem__") or not isinstance(data, Sized) or not len(data):
-        return False
-    indexed: Any = data
-    first = indexed[0]
-    if isinstance(first, Mapping):
-        tensors = [value for name, value in first.items() if name not in LABELS and isinstance(value, Tensor)]
-        return not tensors or any(tensor.ndim in (1, 3) for tensor in tensors[:1])
+    """Whether it is a data set of single examples and not a sequence of batches; a list may be either."""
+    if not isinstance(data, list | tuple):
+        return isinstance(data, IterableDataset) or (hasattr(data, "__getitem__") and isinstance(data, Sized))
+    first = data[0] if data else None
     first = first[0] if isinstance(first, tuple | list) and first else first
-    return not isinstance(first, Tensor) or first.ndim in (1, 3)
+    if isinstance(first, Mapping):
+        tensors = [item for item in first.items() if not is_label(str(item[0])) and isinstance(item[1], Tensor)]
+        if not tensors:
+            return True
+        name, tensor = tensors[0]
+        return tensor.ndim == 1 or (tensor.ndim == 3 and name != "input_values")  # of a batch of spectrograms
+    return first is not None and (not isinstance(first, Tensor) or first.ndim in (1, 3))
 
 
 def _as_batch(found: Any) -> Batch:
@@ -122,17 +160,5 @@ def _as_batch(found: Any) -> Batch:
     if isinstance(found, Tensor):
         return {"": found}
     if isinstance(found, Mapping):
-        return {str(name): value for name, value in found.items() if name not in LABELS}
+        return {str(name): value for name, value in found.items() if not is_label(str(name))}
     raise TypeError(f"a batch of calibration_data must be a mapping or a tensor, got {type(found).__name__}")
-
-
-@contextmanager
-def _same_random_numbers(seed: int) -> Iterator[None]:
-    state = random.getstate()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)

@@ -1,16 +1,15 @@
 """The inputs of all linears in the dense model, block by block: what the choice of shapes and ranks is made from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.batches import Batch, Batches, example_count, few_examples
 from kron_hf.calibration.features import Features
 from kron_hf.calibration.moments import Covariances, Moments
-from kron_hf.calibration.passes import Finish, evaluation, first_tensor, hooked, run, swapped
+from kron_hf.calibration.passes import Finish, evaluation, hooked, run, swapped
 from kron_hf.calibration.route import Block, Route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
@@ -62,20 +61,23 @@ def walk_dense(
         ValueError: Activations are not finite.
     """
     with evaluation(model):
-        first = next(iter(batches))
+        first = few_examples(next(iter(batches)))
         side = Side(model, batches, {}, begins_anywhere(model, route, first))
+        # Features may read blocks that the linears further on do not.
+        whole = side.keeps and begins_anywhere(model, route, first, features=features)
+        judged = side if whole else Side(model, batches, {}, keeps=False)
         few = [batch for batch, _ in zip(batches, range(judging), strict=False)]
         judge = Features(model, features, few, token_weights)
     for block in route.blocks:
         with evaluation(model):
-            moments = _collect(model, side, block, held_out, token_weights)
+            moments = _collect(model, side, block, route.repeated, held_out, token_weights)
         for stage in block.stages:
             fitting, held = (part.result() for part in moments.pop(stage[0]))
             for name in stage:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-                error = Sensitivity(model, side, judge, name)
+                error = Sensitivity(model, judged, judge, name)
                 yield Inputs(name, linear, fitting.linear(weight, bias), held.linear(weight, bias), error)
         with evaluation(model):
             side.finish(block.name)
@@ -101,7 +103,7 @@ class Sensitivity:
 
 
 def _collect(
-    model: nn.Module, side: Side, block: Block, held_out: float, token_weights: TokenWeights
+    model: nn.Module, side: Side, block: Block, repeated: Set[str], held_out: float, token_weights: TokenWeights
 ) -> dict[str, tuple[Moments, Moments]]:
     """Moments of the inputs of each stage: of the examples to fit on, and of the others."""
     result: dict[str, tuple[Moments, Moments]] = {}
@@ -110,9 +112,9 @@ def _collect(
         linear = model.get_submodule(stage[0])
         assert isinstance(linear, nn.Linear)
         result[stage[0]] = (_moments(linear), _moments(linear))
-    last = block.stages[-1][0]
+    last = None if repeated else block.stages[-1][0]  # called again, later
     for index, batch in enumerate(side.batches):
-        examples = _examples(batch)
+        examples = example_count(batch)
         held = _held_out(seen, examples, held_out)
         seen += examples
 
@@ -152,11 +154,6 @@ def _add(
 
 def _moments(linear: nn.Linear) -> Moments:
     return Moments(linear.in_features, 0, device=linear.weight.device)
-
-
-def _examples(batch: Batch) -> int:
-    tensor: Any = first_tensor(batch)
-    return 1 if tensor is None else len(tensor)
 
 
 def _held_out(seen: int, examples: int, share: float) -> Tensor:

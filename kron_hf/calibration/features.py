@@ -6,20 +6,38 @@ from typing import Any
 from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch
-from kron_hf.calibration.passes import Finish, first_tensor, hooked, run
+from kron_hf.calibration.passes import Finish, all_tensors, hooked, run
 from kron_hf.calibration.token_weights import TokenWeights
 
-__all__ = ["Features"]
+__all__ = ["Features", "model_features"]
+
+
+def model_features(model: nn.Module, batch: Batch, module: nn.Module | None) -> list[Tensor]:
+    """The floating point tensors that a module in a model gives for a batch; the model, if it does not call it."""
+    found: list[Any] = []
+
+    def see(output: Any) -> None:
+        found.append(output)
+        raise Finish
+
+    with hooked(after={} if module is None else {module: see}):
+        output = run(model, batch)
+    tensors = all_tensors(found[0] if found else output)
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
 
 
 class Features:
     """The features of the first batches, to compare others with.
 
     Args:
-        module: The module whose first output tensor is the features, such as the backbone of a classifier.
+        module: The module whose output tensors are the features, such as the backbone of a classifier. What changes
+            the first of them is judged by that one, else by the next: layers of a second tower, for instance.
         model: The model around it, which takes the batches.
         batches: They.
         token_weights: How much each token counts.
+
+    Raises:
+        ValueError: The output holds no floating point tensor.
     """
 
     def __init__(
@@ -27,34 +45,33 @@ class Features:
     ) -> None:
         self.model, self.module, self.batches, self.token_weights = model, module, batches, token_weights
         self.wanted = [self._features(batch) for batch in batches]
-        self.variance = self._variance()
+        if not all(self.wanted):
+            raise ValueError(
+                f"{type(model).__name__}: its output holds no floating point tensor, so nothing tells how much an "
+                "error matters; give block_size and rank in place of a budget"
+            )
+        self.variances = [
+            [self._variance(batch, features) for features in wanted]
+            for batch, wanted in zip(batches, self.wanted, strict=True)
+        ]
 
     def relative_error(self, index: int) -> float:
         """`sum w ||f - f_dense||^2` of the model as it is now on batch number `index`, over the variance of f_dense."""
-        batch, wanted = self.batches[index], self.wanted[index]
-        difference = (self._features(batch) - wanted).square().sum(-1)
-        return float(self._weighted(batch, wanted, difference)) / self.variance[index]
+        batch = self.batches[index]
+        found = zip(self._features(batch), self.wanted[index], self.variances[index], strict=True)
+        for features, wanted, variance in found:
+            error = float(self._weighted(batch, features, (features - wanted).square().sum(-1))) / variance
+            if error != 0:
+                return error
+        return 0.0
 
-    def _features(self, batch: Batch) -> Tensor:
-        found: list[Tensor] = []
+    def _features(self, batch: Batch) -> list[Tensor]:
+        tensors = model_features(self.model, batch, self.module)
+        return [(tensor if tensor.ndim > 1 else tensor[:, None]).double() for tensor in tensors]
 
-        def see(output: Any) -> None:
-            tensor = first_tensor(output)
-            assert tensor is not None
-            found.append(tensor.double())
-            raise Finish
-
-        with hooked(after={self.module: see}):
-            run(self.model, batch)
-        return found[0]
-
-    def _variance(self) -> list[float]:
-        result: list[float] = []
-        for batch, features in zip(self.batches, self.wanted, strict=True):
-            mean = features.flatten(0, -2).mean(0)
-            spread = float(self._weighted(batch, features, (features - mean).square().sum(-1)))
-            result.append(spread or 1.0)
-        return result
+    def _variance(self, batch: Batch, features: Tensor) -> float:
+        mean = features.flatten(0, -2).mean(0)
+        return float(self._weighted(batch, features, (features - mean).square().sum(-1))) or 1.0
 
     def _weighted(self, batch: Batch, features: Tensor, each: Tensor) -> Tensor:
         weights = self.token_weights(batch, features)

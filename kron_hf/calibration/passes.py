@@ -1,15 +1,17 @@
 """Runs of a model that stop early, start late, or go through other layers, and leave the model as it was."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch
+from kron_hf.calibration.random_numbers import same_random_numbers
 
-__all__ = ["Finish", "evaluation", "first_tensor", "hooked", "run", "skipped", "swapped"]
+__all__ = ["Finish", "all_tensors", "evaluation", "first_tensor", "hooked", "run", "skipped", "swapped"]
 
 
 class Finish(Exception):  # no error: a hook has seen what the run was for
@@ -17,12 +19,21 @@ class Finish(Exception):  # no error: a hook has seen what the run was for
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch; None if a hook has ended the pass."""
+    """The model's output for a batch; None if a hook has ended the pass.
+
+    What it draws, as the masks of a masked autoencoder, is the same in every pass. A compiled model runs as it was
+    written: hooks and other layers come and go, and each would be compiled anew.
+    """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), same_random_numbers(0), _as_written():
             return model(batch[""]) if "" in batch else model(**batch)
     except Finish:
         return None
+
+
+def _as_written() -> Any:
+    # Importing the compiler takes seconds, and it is there if anything was compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -105,12 +116,19 @@ def _seeing_output(see: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def first_tensor(values: Any) -> Tensor | None:
     """The first tensor in nested tuples, lists and mappings."""
+    return next(_tensors(values), None)
+
+
+def all_tensors(values: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings, in their order."""
+    return list(_tensors(values))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
-        return values
+        yield values
     if isinstance(values, Mapping):
         values = list(values.values())
     if isinstance(values, tuple | list):
         for value in values:
-            if (found := first_tensor(value)) is not None:
-                return found
-    return None
+            yield from _tensors(value)

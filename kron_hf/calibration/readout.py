@@ -1,5 +1,8 @@
 """Which tokens a model reads out."""
 
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +16,16 @@ __all__ = ["reads_first_token_alone", "token_count"]
 
 
 def reads_first_token_alone(model: nn.Module, route: Route, batch: Batch) -> bool:
-    """Whether the model's output stays when all tokens but the first change after its last block."""
+    """Whether the model's output stays when all tokens but the first change after its last block, and only then."""
     last = model.get_submodule(route.blocks[-1].name)
-    plain = first_tensor(run(model, batch))
-    with hooked(after={last: _shuffled}):
-        moved = first_tensor(run(model, batch))
-    return plain is not None and moved is not None and torch.equal(plain, moved)
+    outputs = [first_tensor(run(model, batch))]
+    for change in (_change_others, _change_first):
+        with hooked(after={last: partial(_changed, change)}):
+            outputs.append(first_tensor(run(model, batch)))
+    plain, without_others, without_first = outputs
+    if plain is None or without_others is None or without_first is None:
+        return False
+    return torch.equal(plain, without_others) and not torch.equal(plain, without_first)
 
 
 def token_count(model: nn.Module, route: Route, batch: Batch) -> int | None:
@@ -31,15 +38,30 @@ def token_count(model: nn.Module, route: Route, batch: Batch) -> int | None:
 
     with hooked(after={model.get_submodule(route.blocks[-1].name): see}):
         run(model, batch)
-    return counts[0]
+    return counts[0] if counts else None
 
 
-def _shuffled(output: Any) -> Any:
-    """The output with other values in all tokens but the first."""
+def _changed(change: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """An output whose first tensor holds other values."""
     if isinstance(output, Tensor):
-        if output.ndim != 3:
-            return output * 2 + 1
-        return torch.cat((output[:, :1], output[:, 1:].flip(-1) * 2 + 1), 1)
+        return change(output) if output.ndim == 3 else _other(output)
+    if isinstance(output, Mapping) and output:
+        changed: Any = copy(output)
+        first = next(iter(changed))
+        changed[first] = _changed(change, changed[first])
+        return changed
     if isinstance(output, tuple | list) and output:
-        return type(output)([_shuffled(output[0]), *output[1:]])
+        return type(output)([_changed(change, output[0]), *output[1:]])
     return output
+
+
+def _change_others(tokens: Tensor) -> Tensor:
+    return torch.cat((tokens[:, :1], _other(tokens[:, 1:])), 1)
+
+
+def _change_first(tokens: Tensor) -> Tensor:
+    return torch.cat((_other(tokens[:, :1]), tokens[:, 1:]), 1)
+
+
+def _other(values: Tensor) -> Tensor:
+    return values.flip(-1) * 2 + 1

@@ -32,7 +32,8 @@ class CalibratedLayer:
         rank: Number of Kronecker terms; None: it stayed dense.
         error: Relative error of its outputs on the data that it was fitted to, `||y - yhat|| / ||y - mean(y)||`, with
             the inputs that it gets in the converted model and the outputs wanted there. 0 for dense.
-        held_out_error: The same on the batches held out; None without any.
+        held_out_error: What the choice was made by: the error on the examples held out, in the dense model, of a first
+            fit of this size to the others, interpolated between some ranks. None without a budget.
         sensitivity: How much the model's output suffers per unit of `held_out_error ** 2`; None if it was not measured.
         sparsity: Share of its blocks that were removed.
     """

@@ -1,5 +1,6 @@
 """The way of a forward pass through the linears to be fitted: in which order, in which blocks, with which inputs."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,12 @@ class Route:
         blocks: Those that hold linears to be fitted.
         in_turn: Whether each block and linear is called once, and the blocks one after the other, so that a pass can
             begin at the end of a block.
+        repeated: Names of the linears that one pass calls several times, as those that layers share.
     """
 
     blocks: tuple[Block, ...]
     in_turn: bool
+    repeated: frozenset[str] = frozenset()
 
 
 def find_route(model: nn.Module, names: Sequence[str], batch: Batch) -> Route:
@@ -70,17 +73,18 @@ def _route(model: nn.Module, order: list[str], calls: list[tuple[str, bool]]) ->
     with_previous: dict[str, bool] = {}
     for name, same in calls:
         with_previous.setdefault(name, same)
+    repeated = frozenset(name for name, count in Counter(name for name, _ in calls).items() if count > 1)
     owners = {name: _block_of(model, name) for name in order}
     blocks: list[tuple[str, list[list[str]]]] = []
     for name in order:
         if not blocks or blocks[-1][0] != owners[name]:
             blocks.append((owners[name], [[name]]))
-        elif with_previous[name]:
+        elif with_previous[name] and not repeated & {name, *blocks[-1][1][-1]}:
             blocks[-1][1][-1].append(name)
         else:
             blocks[-1][1].append([name])
     once = len(calls) == len(order) and len({name for name, _ in blocks}) == len(blocks)
-    return Route(tuple(Block(name, tuple(map(tuple, stages))) for name, stages in blocks), once)
+    return Route(tuple(Block(name, tuple(map(tuple, stages))) for name, stages in blocks), once, repeated)
 
 
 def _block_of(model: nn.Module, name: str) -> str:

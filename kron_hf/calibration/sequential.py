@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.batches import Batch, Batches, few_examples
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.calibration.passes import Finish, evaluation, hooked, run
 from kron_hf.calibration.route import Block, Route
@@ -85,9 +85,9 @@ def calibrate_in_order(
     Raises:
         ValueError: Activations are not finite.
     """
-    walk = _Walk(model, batches, fitting, streams or {}, token_weights)
+    walk = _Walk(model, route, batches, fitting, streams or {}, token_weights)
     with evaluation(model):
-        walk.start(begins_anywhere(model, route, next(iter(batches))))
+        walk.start(begins_anywhere(model, route, few_examples(next(iter(batches)))))
     for block in route.blocks:
         for stage in block.stages:
             with evaluation(model):
@@ -100,6 +100,7 @@ def calibrate_in_order(
 @dataclass
 class _Walk:
     model: nn.Module
+    route: Route
     batches: Batches
     fitting: Fitting
     streams: Mapping[str, Stream]
@@ -115,17 +116,13 @@ class _Walk:
         stream = self.streams.get(stage[0])
         moments = _moments_of(linears)
         for index, batch in enumerate(self.batches):
-            x, targets = (
-                self._targets(index, batch, stage)
-                if stream is None
-                else self._stream_targets(index, batch, stage[0], stream)
-            )
-            weights = self.token_weights(batch, x)
-            rows = [target.reshape(-1, target.shape[-1]) for target in targets]
-            try:
-                moments.update(x.reshape(-1, x.shape[-1]), torch.cat(rows, -1), weights)
-            except ValueError as error:
-                raise ValueError(f"{', '.join(stage)}: {error}") from None
+            for x, targets in self._calls(index, batch, stage, stream):
+                weights = self.token_weights(batch, x)
+                rows = [target.reshape(-1, target.shape[-1]) for target in targets]
+                try:
+                    moments.update(x.reshape(-1, x.shape[-1]), torch.cat(rows, -1), weights)
+                except ValueError as error:
+                    raise ValueError(f"{', '.join(stage)}: {error}") from None
         weights = None if stream is None else stream.scale.square()
         sizes = [linear.out_features for linear in linears.values()]
         for (name, linear), covariances in zip(linears.items(), moments.result().split(sizes), strict=True):
@@ -141,6 +138,27 @@ class _Walk:
         linear = self.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         return linear
+
+    def _calls(
+        self, index: int, batch: Batch, stage: tuple[str, ...], stream: Stream | None
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The input of each call, and the targets of the linears."""
+        if stage[0] in self.route.repeated:
+            yield from self._repeated(index, batch, stage[0])
+        elif stream is not None:
+            yield self._stream_targets(index, batch, stage[0], stream)
+        else:
+            yield self._targets(index, batch, stage)
+
+    def _repeated(self, index: int, batch: Batch, name: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+        linear = self._linear(name)
+        with self.dense.at(index), hooked(after={linear: lambda y: outputs.append(y.clone())}):
+            run(self.model, batch)
+        with self.converted.at(index), hooked(before={linear: lambda x: inputs.append(x.clone())}):
+            run(self.model, batch)
+        return zip(inputs, ([y] for y in outputs), strict=True)
 
     def _targets(self, index: int, batch: Batch, stage: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
         outputs: dict[str, Tensor] = {}

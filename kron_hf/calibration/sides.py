@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.features import model_features
 from kron_hf.calibration.passes import Finish, hooked, run, skipped, swapped
 from kron_hf.calibration.route import Route
 
@@ -93,26 +94,39 @@ class Side:
         self._finished.clear()
 
 
-def begins_anywhere(model: nn.Module, route: Route, batch: Batch) -> bool:
-    """Whether passes that begin after any block give each layer the input that it has in a whole pass, to the bit."""
+def begins_anywhere(model: nn.Module, route: Route, batch: Batch, *, features: nn.Module | None = None) -> bool:
+    """Whether a pass that begins after any block gives every later layer the input of a whole pass, to the bit.
+
+    It does not where a layer further on reads the output of an earlier block, as the decoder does of the encoder.
+
+    Args:
+        model: The model, in evaluation mode.
+        route: Its blocks.
+        batch: A few examples are enough.
+        features: A module whose outputs must be the same, too.
+    """
     if not route.in_turn:
         return False
-    inputs: dict[str, Tensor] = {}
+    linears = {stage[0]: model.get_submodule(stage[0]) for block in route.blocks for stage in block.stages}
+    blocks = {block.name: model.get_submodule(block.name) for block in route.blocks}
+    inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
-    firsts = {block.name: model.get_submodule(block.stages[0][0]) for block in route.blocks}
-    linears = {module: _keeping(inputs, name) for name, module in firsts.items()}
-    blocks = {model.get_submodule(block.name): _keeping(outputs, block.name) for block in route.blocks}
-    with hooked(before=linears, after=blocks):
-        run(model, batch)
-    if not all(_is_plain(output) for output in outputs.values()):
-        return False
+    after = {module: _keeping(outputs, name) for name, module in blocks.items()}
+    with hooked(before={module: _keeping(inputs, name) for name, module in linears.items()}, after=after):
+        wanted = model_features(model, batch, features)
+    if outputs.keys() != blocks.keys() or not all(map(_is_plain, outputs.values())):
+        return False  # such as a ModuleList, which is not called
     done: dict[str, Any] = {}
-    for block, following in zip(route.blocks, route.blocks[1:], strict=False):
+    for index, block in enumerate(route.blocks if features is not None else route.blocks[:-1]):
         done = {name: _map(output, _shape_alone) for name, output in done.items()} | {block.name: outputs[block.name]}
-        again: dict[str, Tensor] = {}
-        with skipped(model, done), hooked(before={firsts[following.name]: _ending(again, following.name)}):
-            run(model, batch)
-        if following.name not in again or not torch.equal(again[following.name], inputs[following.name]):
+        ahead = [stage[0] for later in route.blocks[index + 1 :] for stage in later.stages]
+        same: dict[str, bool] = {}
+        checks = {linears[name]: _comparing(same, name, inputs[name]) for name in ahead}
+        with skipped(model, done | {block.name: _map(outputs[block.name], Tensor.clone)}), hooked(before=checks):
+            found = model_features(model, batch, features)
+        if not all(same.get(name, False) for name in ahead):
+            return False
+        if features is not None and not all(map(torch.equal, found, wanted)):
             return False
     return True
 
@@ -124,10 +138,9 @@ def _keeping(into: dict[str, Any], name: str) -> Callable[[Any], None]:
     return see
 
 
-def _ending(into: dict[str, Any], name: str) -> Callable[[Any], None]:
-    def see(value: Any) -> None:
-        into[name] = value
-        raise Finish
+def _comparing(into: dict[str, bool], name: str, wanted: Tensor) -> Callable[[Tensor], None]:
+    def see(value: Tensor) -> None:
+        into[name] = torch.equal(value, wanted)
 
     return see
 

@@ -65,8 +65,8 @@ def watched(model: nn.Module, stream: Stream, see: Callable[[Tensor], None]) -> 
 def find_streams(model: nn.Module, route: Route, batch: Batch) -> dict[str, Stream]:
     """For linears that write a residual stream, the first place in their block that is `residual + scale * y`.
 
-    Others are left out: a linear that shares its input, one whose output is used otherwise, and one that a norm or a
-    permutation of the tokens follows.
+    Others are left out: a linear that shares its input or is called several times, one whose output is used otherwise,
+    and one that a norm or a permutation of the tokens follows.
 
     Args:
         model: The model, in evaluation mode.
@@ -76,6 +76,7 @@ def find_streams(model: nn.Module, route: Route, batch: Batch) -> dict[str, Stre
     streams: dict[str, Stream] = {}
     for block in route.blocks:
         alone = [stage[0] for stage in block.stages if len(stage) == 1 and stage[0] != block.name]
+        alone = [name for name in alone if name not in route.repeated]
         for name in alone:
             if (stream := _find(model, block.name, name, batch)) is not None:
                 streams[name] = stream
@@ -112,7 +113,7 @@ def _observe(
     calls: dict[str, int] = {}
 
     def linear_output(y: Tensor) -> Tensor | None:
-        found.append(y)
+        found.append(y.clone())  # as the stream's copy below
         return None if noise is None else y + noise
 
     def saw(module: str) -> Callable[[Tensor], None]:
@@ -136,4 +137,4 @@ def _observe(
         hooked(before={module: saw(module_name) for module, module_name in inside.items()}),
     ):
         run(model, batch)
-    return found[0].clone(), places
+    return found[0], places

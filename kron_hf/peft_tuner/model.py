@@ -222,7 +222,7 @@ def _check_no_candidates(targets: list[Target]) -> None:
 
 
 def _layers_for(targets: list[Target], model: nn.Module, config: KronConfig) -> Mapping[str, KronLinear]:
-    if (prepared := take_prepared(targets)) is not None:
+    if (prepared := take_prepared(targets, config)) is not None:
         return prepared
     if config.modules is not None:
         return {target.name: StoredKronLinear.for_target(target) for target in targets}
