@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,12 +24,15 @@ from kron_hf.calibration.sequential import Problem, calibrate_in_order
 from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
+from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
 from kron_hf.layers import KronLinear
-from kron_hf.targets import Target, find_targets
+from kron_hf.surgery import replace_modules
+from kron_hf.targets import Target, find_targets, pretrained_parts
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "check_conversion", "install_layers"]
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 FEW = 4  # examples that show where the residual stream is
 
 
@@ -46,6 +49,19 @@ class Calibration:
     layers: Mapping[str, KronLinear]
     result: CalibrationResult
     config: KronConfig
+
+    def convert(self, model: ModelT) -> ModelT:
+        """Puts the layers into the model that they were fitted to, or a copy of it, in place, and returns it."""
+        return install_layers(model, self.layers)
+
+
+def install_layers(model: ModelT, layers: Mapping[str, nn.Module]) -> ModelT:
+    """Puts layers in the place of modules, and says so in the configs that `from_pretrained` reads."""
+    replace_modules(model, layers)
+    for part in pretrained_parts(model).values():
+        if any(isinstance(module, KronLinear) for module in part.modules()):
+            attach_kron_config(part)
+    return model
 
 
 def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Calibration:
@@ -75,11 +91,8 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
 
 class _Calibrating:
     def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
-        _check_config(config)
-        self.model, self.config = model, config
-        self.options = config.calibration_config or CalibrationConfig()
-        assert isinstance(self.options, CalibrationConfig)
-        self.targets = find_targets(model, config, compare_cost=config.budget is None)
+        self.model, self.config, self.options = model, config, _options(config)
+        self.targets = check_conversion(model, config)
         self.batches = _batches(model, data, self.options)
         with evaluation(model):
             first = next(iter(self.batches))
@@ -112,10 +125,7 @@ class _Calibrating:
         )
         found: dict[str, LayerChoices] = {}
         for inputs in _progress(walk, len(self.targets), "Measuring options"):
-            linear, stream = inputs.linear, self.streams.get(inputs.name)
-            menu = layer_menu(
-                linear.out_features, linear.in_features, linear.bias is not None, shapes=self.options.menu_shapes
-            )
+            stream, menu = self.streams.get(inputs.name), _menu(inputs.linear, self.options)
             weights = None if stream is None else stream.scale.square()
             near = self.config.target_params or self.config.target_flops or 0.25
             choices = layer_choices(inputs, menu, output_weights=weights, ridge=self.options.ridge, near=near)
@@ -125,13 +135,7 @@ class _Calibrating:
     def _sizes(self, choices: Mapping[str, LayerChoices] | None) -> dict[str, Option]:
         if choices is None:
             return {target.name: _option(target) for target in self.targets}
-        chosen = allocate(
-            [choices[target.name] for target in self.targets],
-            target_params=self.config.target_params,
-            target_flops=self.config.target_flops,
-            max_error=self.config.max_error,
-            flops_weight=self.options.flops_weight,
-        )
+        chosen = _allocate([choices[target.name] for target in self.targets], self.config)
         if all(option.is_dense for option in chosen.values()):
             budget = self.config.budget or ""
             raise ValueError(
@@ -162,6 +166,40 @@ class _Calibrating:
         for name, layer in layers.items():  # they were made in evaluation mode
             layer.train(self.model.get_submodule(name).training)
         return layers, errors
+
+
+def check_conversion(model: nn.Module, config: KronConfig) -> list[Target]:
+    """The modules that `calibrate` would replace; finds out without data whether it could.
+
+    Raises:
+        ValueError: The budget cannot be met, or what `get_kron_model` refuses.
+    """
+    _check_config(config)
+    targets = find_targets(model, config, compare_cost=config.budget is None)
+    if config.budget is not None:
+        menus = {target.name: _menu(target.linear, _options(config)) for target in targets}
+        _allocate([LayerChoices(name, menu, [0.0] * len(menu)) for name, menu in menus.items()], config)
+    return targets
+
+
+def _options(config: KronConfig) -> CalibrationConfig:
+    options = config.calibration_config or CalibrationConfig()
+    assert isinstance(options, CalibrationConfig)
+    return options
+
+
+def _menu(linear: nn.Linear, options: CalibrationConfig) -> list[Option]:
+    return layer_menu(linear.out_features, linear.in_features, linear.bias is not None, shapes=options.menu_shapes)
+
+
+def _allocate(layers: list[LayerChoices], config: KronConfig) -> dict[str, Option]:
+    return allocate(
+        layers,
+        target_params=config.target_params,
+        target_flops=config.target_flops,
+        max_error=config.max_error,
+        flops_weight=_options(config).flops_weight,
+    )
 
 
 def _check_config(config: KronConfig) -> None:
