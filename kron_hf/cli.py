@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `kron-hf` and returns its exit status: 0, or 1 after an error that the user can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words[:1] == ["train"]:
-            _train(words[1:])
+        if words[:1] in (["train"], ["compress"]):
+            {"train": _train, "compress": _compress}[words[0]](words[1:])
         else:
             options = _parser().parse_args(words)
             options.command(options)
@@ -45,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     demo.set_defaults(command=_demo)
 
-    # Its options are transformers' as well and take seconds to import: `main` hands them on.
+    # Their options are transformers' as well and take seconds to import: `main` hands them on.
     commands.add_parser("train", help="train an image classifier on your data, with every option of Trainer")
+    commands.add_parser("compress", help="make a trained image classifier smaller, and compare the two")
 
     summary = commands.add_parser("summary", help="parameters, sparsity and FLOPs of a saved model")
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
@@ -67,6 +68,14 @@ def _train(words: list[str]) -> None:
 
     with quiet_transformers():
         run_train(words, write=_write)
+
+
+def _compress(words: list[str]) -> None:
+    from kron_hf.compress.run import run_compress
+    from kron_hf.demo.quiet import quiet_transformers
+
+    with quiet_transformers():
+        run_compress(words, write=_write)
 
 
 def _summary(options: argparse.Namespace) -> None:

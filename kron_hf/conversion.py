@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.data import default_collate
@@ -25,13 +25,16 @@ from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
+from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
 from kron_hf.escaping import shown
 from kron_hf.layers import KronLinear
-from kron_hf.targets import Target, find_targets
+from kron_hf.surgery import replace_modules
+from kron_hf.targets import Target, find_targets, pretrained_parts
 
-__all__ = ["Calibration", "budget_settings", "calibrate"]
+__all__ = ["Calibration", "budget_settings", "calibrate", "check_conversion", "install_layers"]
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 FAR = 3.0  # times the budget's share of a layer
 BAR: dict[str, Any] = {"unit": "layer", "delay": 1.0, "leave": False}
 
@@ -49,6 +52,19 @@ class Calibration:
     layers: Mapping[str, KronLinear]
     result: CalibrationResult
     config: KronConfig
+
+    def convert(self, model: ModelT) -> ModelT:
+        """Puts the layers into the model that they were fitted to, or a copy of it, in place, and returns it."""
+        return install_layers(model, self.layers)
+
+
+def install_layers(model: ModelT, layers: Mapping[str, nn.Module]) -> ModelT:
+    """Puts layers in the place of modules, and says so in the configs that `from_pretrained` reads."""
+    replace_modules(model, layers)
+    for part in pretrained_parts(model).values():
+        if any(isinstance(module, KronLinear) for module in part.modules()):
+            attach_kron_config(part)
+    return model
 
 
 def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Calibration:
@@ -78,11 +94,8 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
 
 class _Calibrating:
     def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
-        _check_config(config)
-        self.model, self.config = model, config
-        self.options = _options(config)
-        self.targets = find_targets(model, config, compare_cost=config.budget is None)
-        _check_targets(self.targets)
+        self.model, self.config, self.options = model, config, _options(config)
+        self.targets = check_conversion(model, config)
         self.batches = _batches(model, data, self.options)
         with evaluation(model):
             first = next(iter(self.batches))
@@ -119,37 +132,14 @@ class _Calibrating:
             linear, stream = inputs.linear, self.streams.get(inputs.name)
             weights = None if stream is None else stream.scale.square()
             found[inputs.name] = layer_choices(
-                inputs, self._menu(linear), output_weights=weights, ridge=self.options.ridge, near=near
+                inputs, _menu(linear, self.config), output_weights=weights, ridge=self.options.ridge, near=near
             )
         return found
-
-    def _menu(self, linear: nn.Linear) -> list[Option]:
-        """What is worth a fit: blocks that are fitted one by one are not, far above the budget."""
-        sizes = (linear.out_features, linear.in_features)
-        menu = layer_menu(*sizes, linear.bias is not None, shapes=self.options.menu_shapes)
-        # The cheapest is: if no option meets the budget, the error tells what they could.
-        params = FAR * (self.config.target_params or math.inf) * menu[-1].params
-        params = max(params, min(option.params for option in menu))
-        flops = FAR * (self.config.target_flops or math.inf) * menu[-1].flops
-        flops = max(flops, min(option.flops for option in menu))
-        return [
-            option
-            for option in menu
-            if option.block_size is None
-            or is_low_rank(option.block_size, *sizes)
-            or (option.params <= params and option.flops <= flops)
-        ]
 
     def _sizes(self, choices: Mapping[str, LayerChoices] | None) -> dict[str, Option]:
         if choices is None:
             return {target.name: _option(target) for target in self.targets}
-        chosen = allocate(
-            [choices[target.name] for target in self.targets],
-            target_params=self.config.target_params,
-            target_flops=self.config.target_flops,
-            max_error=self.config.max_error,
-            flops_weight=self.options.flops_weight,
-        )
+        chosen = _allocate([choices[target.name] for target in self.targets], self.config)
         if all(option.is_dense for option in chosen.values()):
             budget = self.config.budget or ""
             raise ValueError(
@@ -180,6 +170,49 @@ class _Calibrating:
 def _options(config: KronConfig) -> CalibrationConfig:
     options = config.calibration_config
     return options if isinstance(options, CalibrationConfig) else CalibrationConfig(**(options or {}))
+
+
+def check_conversion(model: nn.Module, config: KronConfig) -> list[Target]:
+    """The modules that `calibrate` would replace; finds out without data whether it could.
+
+    Raises:
+        ValueError: The budget cannot be met, or what `get_kron_model` refuses.
+    """
+    _check_config(config)
+    targets = find_targets(model, config, compare_cost=config.budget is None)
+    _check_targets(targets)
+    if config.budget is not None:
+        menus = {target.name: _menu(target.linear, config) for target in targets}
+        _allocate([LayerChoices(name, menu, [0.0] * len(menu)) for name, menu in menus.items()], config)
+    return targets
+
+
+def _menu(linear: nn.Linear, config: KronConfig) -> list[Option]:
+    """What is worth a fit: blocks that are fitted one by one are not, far above the budget."""
+    sizes = (linear.out_features, linear.in_features)
+    menu = layer_menu(*sizes, linear.bias is not None, shapes=_options(config).menu_shapes)
+    # The cheapest is: if no option meets the budget, the error tells what they could.
+    params = FAR * (config.target_params or math.inf) * menu[-1].params
+    params = max(params, min(option.params for option in menu))
+    flops = FAR * (config.target_flops or math.inf) * menu[-1].flops
+    flops = max(flops, min(option.flops for option in menu))
+    return [
+        option
+        for option in menu
+        if option.block_size is None
+        or is_low_rank(option.block_size, *sizes)
+        or (option.params <= params and option.flops <= flops)
+    ]
+
+
+def _allocate(layers: list[LayerChoices], config: KronConfig) -> dict[str, Option]:
+    return allocate(
+        layers,
+        target_params=config.target_params,
+        target_flops=config.target_flops,
+        max_error=config.max_error,
+        flops_weight=_options(config).flops_weight,
+    )
 
 
 def _check_config(config: KronConfig) -> None:

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from kron_hf.checkpoint import attach_kron_config, holds_trained_weights
+from kron_hf.checkpoint import holds_trained_weights
 from kron_hf.checkpoint.reading import clean_errors, read_config
 from kron_hf.config import KronConfig
-from kron_hf.conversion import calibrate
+from kron_hf.conversion import calibrate, install_layers
 from kron_hf.escaping import shown
-from kron_hf.layers import KronLinear
-from kron_hf.surgery import make_layers, replace_modules
-from kron_hf.targets import Target, find_targets, pretrained_parts
+from kron_hf.surgery import make_layers
+from kron_hf.targets import Target, find_targets
 
 __all__ = ["get_kron_model", "init_method", "model_class_for"]
 
@@ -111,11 +110,7 @@ def _convert(model: ModelT, config: KronConfig, calibration_data: Any) -> ModelT
         layers: Mapping[str, nn.Module] = make_layers(targets, init_method(model, config, targets))
     else:
         layers = calibrate(model, config, calibration_data).layers
-    replace_modules(model, layers)
-    for part in pretrained_parts(model).values():
-        if any(isinstance(module, KronLinear) for module in part.modules()):
-            attach_kron_config(part)
-    return model
+    return install_layers(model, layers)
 
 
 def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> str:

@@ -26,6 +26,7 @@ def write_model_card(
     name: str | None = None,
     dataset: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    report: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes `README.md`: the line `import kron_hf`, how to load the model, its layers and its figures.
@@ -37,6 +38,7 @@ def write_model_card(
             of a local path only the last part is told, here and in `dataset`.
         dataset: Data set that the metrics were measured on; needed with them.
         metrics: Figures of the model by name, such as `{"accuracy": 0.97}`.
+        report: Further text, such as a table in plain characters, which is shown as it is.
         overwrite: Whether to replace a card that kron_hf did not write. Its own it always replaces.
 
     Returns:
@@ -60,7 +62,7 @@ def write_model_card(
     data = _card_data(model, name, dataset, metrics or {})
     # YAML leaves characters as they are that turn the direction of writing.
     front = printable(data.to_yaml(), keep="\n")
-    content = f"---\n{front}\n---\n\n{_body(model, name, dataset, metrics or {})}"
+    content = f"---\n{front}\n---\n\n{_body(model, name, dataset, metrics or {}, report)}"
     ModelCard(content).save(path)
     return path
 
@@ -113,12 +115,14 @@ def _card_data(model: nn.Module, name: str, dataset: str | None, metrics: Mappin
     return ModelCardData(**options)
 
 
-def _body(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float]) -> str:
+def _body(model: nn.Module, name: str, dataset: str | None, metrics: Mapping[str, float], report: str | None) -> str:
     parts = [MARKER, f"# {escape_markdown(name)}", *_usage(model, name)]
     if metrics:
         rows = [f"| {escape_markdown(key)} | {value:.4f} |" for key, value in metrics.items()]
         parts.append(f"Measured on {escape_markdown(dataset or '')}:")
         parts.append("\n".join(["| metric | value |", "|---|---|", *rows]))
+    if report:
+        parts.append(_fenced(printable(report, keep="\n"), "text"))
     parts.append(_fenced(str(kron_summary(model)), "text"))
     versions = f"torch {torch.__version__.partition('+')[0]}"
     parts.append(f"A zero of S makes a whole block of W exactly zero. Counted from the saved tensors with {versions}.")

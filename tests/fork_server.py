@@ -17,6 +17,7 @@ def preload():
     import transformers.models.vit.image_processing_pil_vit
     import transformers.models.vit.modeling_vit
 
+    import kron_hf.compress.run
     import kron_hf.demo.quiet
     import kron_hf.metrics.accuracy
     import kron_hf.train.run  # noqa: F401

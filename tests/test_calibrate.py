@@ -75,6 +75,30 @@ def test_a_budget_is_met_and_its_config_makes_the_same_layers(name):
     assert "layers converted" in str(result)
 
 
+def test_a_calibration_converts_a_copy_of_its_model(tmp_path):
+    dense = tiny.vit()
+    calibration = calibrate(dense, KronConfig(**UNIFORM), tiny.image_batches())
+    model = calibration.convert(copy.deepcopy(dense))
+    whole = get_kron_model(tiny.vit(), KronConfig(**UNIFORM), calibration_data=tiny.image_batches())
+    batch = {"pixel_values": tiny.pixels(4)}
+    assert torch.equal(run(model, batch).logits, run(whole, batch).logits)
+    assert not any(isinstance(module, KronLinear) for module in dense.modules())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        run(AutoModelForImageClassification.from_pretrained(tmp_path).eval(), batch).logits, run(model, batch).logits
+    )
+
+
+@pytest.mark.parametrize("budget", ["target_params", "target_flops"])
+def test_a_budget_out_of_reach_is_refused_before_any_data_is_read(budget):
+    class Unread(list):
+        def __iter__(self):
+            pytest.fail("it reads the data")
+
+    with pytest.raises(ValueError, match=f"{budget}=0.0001 is below the smallest"):
+        calibrate(tiny.vit(), KronConfig(**{budget: 1e-4}), Unread(tiny.image_batches()))
+
+
 def test_calibration_is_deterministic_and_takes_any_split_into_batches():
     images, model = tiny.pixels(24).double(), tiny.vit().double()
     config = KronConfig(**UNIFORM, init_weights="calibrated")

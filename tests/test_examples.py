@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageClassification
+import torch
+from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
 from kron_hf import kron_summary
 
@@ -35,6 +36,25 @@ def test_example_trains_saves_and_reports_what_it_saved(name, budget, tmp_path):
     assert accuracy > 0.2  # 40 steps: well above chance
 
 
-@pytest.mark.parametrize("name", ["train_with_trainer.py", "train_with_accelerate.py"])
+def test_dinov2_is_compressed_saved_and_compared(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2, initializer_range=0.1)).save_pretrained(tmp_path / "backbone")
+    size = ["--model", tmp_path / "backbone", "--image-size", 28, "--target-params", 0.5, "--calibration-images", 64]
+    out = run_example(
+        "compress_dinov2.py", *size, "--distill-steps", 2, "--finetune-steps", 2, "--output-dir", tmp_path
+    )
+    summary = kron_summary(AutoModelForImageClassification.from_pretrained(tmp_path))
+    assert f"deployed parameters: dense {summary.dense_params:,}, compressed {summary.deployed_params:,}" in out
+    assert summary.deployed_params < summary.dense_params
+    assert "layers converted" in out
+    for stage in ("calibrated", "distilled", "fine-tuned"):
+        assert float(out.split(f"{stage}: validation accuracy ")[1].split()[0]) > 0.2
+    assert float(out.split("test accuracy: dense ")[1].split(",")[0]) > 0.3  # a head on features of random weights
+    assert (tmp_path / "calibration.png").is_file()
+    assert "import kron_hf" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["train_with_trainer.py", "train_with_accelerate.py", "compress_dinov2.py"])
 def test_examples_stay_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 120

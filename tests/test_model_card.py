@@ -34,6 +34,12 @@ def test_card_has_import_line_metrics_and_metadata(model, tmp_path):
     assert "vit.layers.0.mlp.fc1" in card.text
 
 
+def test_a_report_is_shown_as_it_is_and_cannot_end_its_box(model, tmp_path):
+    report = "a  b\n----\n1  2\n```\n\x1b[31m<b>"
+    text = write_model_card(model, tmp_path, report=report).read_text()
+    assert "````text\na  b\n----\n1  2\n```\n\\x1b[31m<b>\n````" in text
+
+
 def test_snippet_of_the_card_runs(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     text = write_model_card(model, tmp_path).read_text()

@@ -30,7 +30,8 @@ ORDER = [
     {"model", "prepared"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
-    {"demo", "train"},
+    {"command", "demo"},
+    {"compress", "train"},
     {"cli", "__main__", "__init__"},
 ]
 

@@ -26,12 +26,12 @@ from transformers import (
 import kron_hf.train.run
 from kron_hf import kron_summary
 from kron_hf.cli import main
+from kron_hf.command.trainer import CommandTrainer
 from kron_hf.sparsity import SparsityOptions
 from kron_hf.train.arguments import KronOptions
 from kron_hf.train.parser import build_parser, parse_options
 from kron_hf.train.record import check_output_dir
 from kron_hf.train.run import check_processes, run_train
-from kron_hf.train.trainer import CommandTrainer
 
 NAMES = ["cat", "dog", "emu", "fox"]
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kron_hf.command.table import aligned
 from kron_hf.escaping import plain
 from kron_hf.sparsity.pruning import kron_layers
 
@@ -33,12 +34,7 @@ def comparison_table(metrics: dict[str, Any]) -> str:
     """The table of the demo, from what it writes to `metrics.json`."""
     rows = [("", "dense", "Kronecker", "ratio")]
     rows += [_row(metrics, *line) for line in LINES]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for label, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([label.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return aligned(rows)
 
 
 def _row(metrics: dict[str, Any], label: str, dense: str, kronecker: str, style: str, ratio: bool) -> tuple[str, ...]:

@@ -1,21 +1,17 @@
 """The options of `kron-hf train`: four groups of its own, then every option of `TrainingArguments`."""
 
-# ruff: noqa: RUF009  # _option returns a dataclasses.field, which no instance shares
-from dataclasses import dataclass, field
-from pathlib import Path
+# ruff: noqa: RUF009  # option returns a dataclasses.field, which no instance shares
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-__all__ = ["METRIC", "CommandArguments", "DataOptions", "KronOptions", "ModelOptions", "RunOptions"]
+from kron_hf.command.options import PublishedArguments, option
+
+__all__ = ["METRIC", "CommandArguments", "KronOptions", "ModelOptions"]
 
 METRIC = "metric"  # stands for the name of --metric until that is loaded
-
-
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(kw_only=True)
@@ -24,21 +20,21 @@ class ModelOptions:
 
     _argument_group_name = "model"
 
-    model: str | None = _option(None, "Directory of a saved model, or its id on the Hub.", metavar="ID_OR_DIR")
-    from_scratch: bool = _option(False, "Take only the config of --model: weights are random and none are downloaded.")
-    model_type: str | None = _option(
+    model: str | None = option(None, "Directory of a saved model, or its id on the Hub.", metavar="ID_OR_DIR")
+    from_scratch: bool = option(False, "Take only the config of --model: weights are random and none are downloaded.")
+    model_type: str | None = option(
         None,
         "Instead of --model: an architecture of transformers, such as vit, with its default sizes.",
         metavar="TYPE",
     )
-    config_overrides: str | None = _option(
+    config_overrides: str | None = option(
         None, "Sizes to change when training from scratch: hidden_size=64,num_hidden_layers=4,...", metavar="K=V,..."
     )
-    model_revision: str | None = _option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
-    image_processor: str | None = _option(
+    model_revision: str | None = option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
+    image_processor: str | None = option(
         None, "Directory or id of an image processor; else that of --model, else one made for its config.", metavar="ID"
     )
-    ignore_mismatched_sizes: bool = _option(False, "Replace a head that was trained for another number of classes.")
+    ignore_mismatched_sizes: bool = option(False, "Replace a head that was trained for another number of classes.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.model_type is None):
@@ -49,70 +45,40 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class DataOptions:
-    """Which images it is trained on."""
-
-    _argument_group_name = "data"
-
-    dataset: str = field(
-        metadata={
-            "help": "Id on the Hub; folder of images (train/CLASS/*.png, or CLASS/*.png); folder of IDX files; "
-            "digits or fashion_mnist.",
-            "metavar": "ID_OR_DIR",
-        }
-    )
-    dataset_config: str | None = _option(None, "Configuration of the data set on the Hub.", metavar="NAME")
-    dataset_revision: str | None = _option(None, "Branch, tag or commit of the data set.", metavar="REV")
-    image_column: str | None = _option(None, "Column of the images; found by itself.", metavar="NAME")
-    label_column: str | None = _option(None, "Column of the labels; found by itself.", metavar="NAME")
-    train_split: str = _option("train", "Split to train on.", metavar="NAME")
-    validation_split: str | None = _option(
-        None, "Split for every choice; if there is none, a part of the training split is held out.", metavar="NAME"
-    )
-    test_split: str = _option("test", "Split for the final figures alone.", metavar="NAME")
-    validation_fraction: float = _option(0.1, "Share of the training images to hold out.", metavar="F")
-    horizontal_flip: bool = _option(False, "Mirror half of the training images.")
-    metric: str | None = _option(
-        None, "Metric for evaluate.load; accuracy comes with kron_hf and needs no network.", metavar="ID_OR_DIR"
-    )
-    metric_options: str | None = _option(None, "What to pass to that metric: average=macro,...", metavar="K=V,...")
-
-
-@dataclass(kw_only=True)
 class KronOptions:
     """Its Kronecker layers and their sparsity."""
 
     _argument_group_name = "Kronecker layers"
 
-    block_size: list[int] | None = _option(
+    block_size: list[int] | None = option(
         None, "Block of W, one number or two: out in; -1 is the whole dimension. (default: 16)", metavar="N"
     )
-    rank: int | None = _option(None, "Number of Kronecker terms. (default: 4)", metavar="R")
-    target_modules: list[str] | None = _option(
+    rank: int | None = option(None, "Number of Kronecker terms. (default: 4)", metavar="R")
+    target_modules: list[str] | None = option(
         None, "Modules to replace, by name or name ending, or all-linear. (default: attention and MLP)", metavar="NAME"
     )
-    exclude_modules: list[str] | None = _option(None, "Modules to leave alone.", metavar="NAME")
-    init_weights: Literal["random", "nearest"] | None = _option(
+    exclude_modules: list[str] | None = option(None, "Modules to leave alone.", metavar="NAME")
+    init_weights: Literal["random", "nearest"] | None = option(
         None,
         "How the factors start in a trained dense model: nearest keeps little of its weights, random nothing.",
     )
-    target_sparsity: float | None = _option(None, "Share of zero blocks to end with, in [0, 1).", metavar="F")
-    l1: float | None = _option(
+    target_sparsity: float | None = option(None, "Share of zero blocks to end with, in [0, 1).", metavar="F")
+    l1: float | None = option(
         None, "Strength of the l1 penalty on S, the paper's mode; not with a target.", metavar="F"
     )
-    sparsity_scope: Literal["global", "layer"] | None = _option(None, "Rank blocks over all layers, or in each.")
-    sparsity_start: float | None = _option(None, "Start of the ramp as a share of all steps.", metavar="F")
-    sparsity_end: float | None = _option(None, "End of the ramp, where masks freeze, as a share.", metavar="F")
-    sparsity_interval: int | None = _option(None, "Steps between two prunings.", metavar="N")
-    sparsity_regrowth: Literal["interval", "straight_through"] | None = _option(
+    sparsity_scope: Literal["global", "layer"] | None = option(None, "Rank blocks over all layers, or in each.")
+    sparsity_start: float | None = option(None, "Start of the ramp as a share of all steps.", metavar="F")
+    sparsity_end: float | None = option(None, "End of the ramp, where masks freeze, as a share.", metavar="F")
+    sparsity_interval: int | None = option(None, "Steps between two prunings.", metavar="N")
+    sparsity_regrowth: Literal["interval", "straight_through"] | None = option(
         None, "Whether pruned blocks grow back from zero, between prunings, or train on unseen."
     )
-    sparsity_group_penalty: float | None = _option(
+    sparsity_group_penalty: float | None = option(
         None, "How much whole rows or columns of blocks count against single blocks, in [0, 1].", metavar="F"
     )
-    sparsity_groups: Literal["rows", "columns", "both"] | None = _option(None, "Which of them.")
-    factor_lr: float = _option(4.0, "Factor of the learning rate of A and B.", metavar="F")
-    mask_lr: float = _option(1.0, "Factor of the learning rate of S.", metavar="F")
+    sparsity_groups: Literal["rows", "columns", "both"] | None = option(None, "Which of them.")
+    factor_lr: float = option(4.0, "Factor of the learning rate of A and B.", metavar="F")
+    mask_lr: float = option(1.0, "Factor of the learning rate of S.", metavar="F")
 
     def __post_init__(self) -> None:
         if self.block_size is not None and len(self.block_size) not in (1, 2):
@@ -146,41 +112,30 @@ class KronOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass(kw_only=True)
-class RunOptions:
-    """What becomes of an earlier run."""
-
-    _argument_group_name = "run"
-
-    overwrite: bool = _option(
-        False, "Start anew in an --output-dir of an earlier kron-hf train; without it a killed run goes on."
-    )
-
-
 @dataclass
-class CommandArguments(TrainingArguments):
+class CommandArguments(PublishedArguments):
     """`TrainingArguments` with defaults for training Kronecker layers."""
 
     _argument_group_name = "training: every option of transformers.TrainingArguments"
 
-    output_dir: str | None = _option("kron-train", "Where checkpoints and the trained model go.")
-    per_device_train_batch_size: int = _option(32, "Images a step on each device.")
-    per_device_eval_batch_size: int = _option(64, "Images a step of an evaluation on each device.")
-    learning_rate: float = _option(1e-3, "Base learning rate; see --factor-lr.")
-    lr_scheduler_type: SchedulerType | str = _option("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = _option(0.05, "Steps of warm-up, or their share of all steps if below 1.")
-    weight_decay: float = _option(0.05, "Weight decay; none for S, biases and norms.")
-    logging_steps: float = _option(10, "Steps between two lines of the log, or their share of all steps if below 1.")
-    eval_strategy: IntervalStrategy | str = _option(
+    output_dir: str | None = option("kron-train", "Where checkpoints and the trained model go.")
+    per_device_train_batch_size: int = option(32, "Images a step on each device.")
+    per_device_eval_batch_size: int = option(64, "Images a step of an evaluation on each device.")
+    learning_rate: float = option(1e-3, "Base learning rate; see --factor-lr.")
+    lr_scheduler_type: SchedulerType | str = option("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = option(0.05, "Steps of warm-up, or their share of all steps if below 1.")
+    weight_decay: float = option(0.05, "Weight decay; none for S, biases and norms.")
+    logging_steps: float = option(10, "Steps between two lines of the log, or their share of all steps if below 1.")
+    eval_strategy: IntervalStrategy | str = option(
         "auto", "When to measure on the validation images: no, steps, epoch; auto is whenever a checkpoint is saved."
     )
-    save_strategy: SaveStrategy | str = _option("epoch", "When to save a checkpoint: no, steps, epoch, best.")
-    save_total_limit: int | None = _option(2, "Checkpoints to keep; the best is kept besides.")
-    load_best_model_at_end: bool = _option(
+    save_strategy: SaveStrategy | str = option("epoch", "When to save a checkpoint: no, steps, epoch, best.")
+    save_total_limit: int | None = option(2, "Checkpoints to keep; the best is kept besides.")
+    load_best_model_at_end: bool = option(
         True, "End with the checkpoint that is best on the validation images, if all checkpoints are measured."
     )
-    do_train: bool = _option(True, "Train; without it a saved model is only measured.")
-    do_predict: bool = _option(True, "Measure on the test images at the end.")
+    do_train: bool = option(True, "Train; without it a saved model is only measured.")
+    do_predict: bool = option(True, "Measure on the test images at the end.")
 
     def __post_init__(self) -> None:
         save = SaveStrategy(self.save_strategy)
@@ -196,8 +151,3 @@ class CommandArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there it only warns
         super().__post_init__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Trainer pickles its arguments beside each model, and pushes them: without the token and local paths."""
-        local = {"output_dir": Path(self.output_dir or "").name, "resume_from_checkpoint": None}
-        return {**vars(self), "hub_token": None, **local}

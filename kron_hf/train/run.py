@@ -7,25 +7,23 @@ from typing import Any
 
 from transformers import set_seed
 
+from kron_hf.command.figures import named_figures, shown_figures
+from kron_hf.command.images import load_images
+from kron_hf.command.metric import load_metric
+from kron_hf.command.processor import model_channels
+from kron_hf.command.record import check_overwritten
+from kron_hf.command.trainer import CommandTrainer, EpochCallback
 from kron_hf.data.examples import Examples
-from kron_hf.data.sources import load_splits
 from kron_hf.data.splits import ImageSplits
 from kron_hf.sparsity.pruning import model_sparsity
 from kron_hf.summary import kron_summary
 from kron_hf.train.arguments import METRIC, CommandArguments
-from kron_hf.train.metric import load_metric
-from kron_hf.train.model import build_image_processor, build_model, model_channels
+from kron_hf.train.model import build_image_processor, build_model
 from kron_hf.train.parser import Options, parse_options
 from kron_hf.train.record import check_output_dir
-from kron_hf.train.trainer import CommandTrainer, EpochCallback
 from kron_hf.trainer.last_checkpoint import last_checkpoint
 
 __all__ = ["check_processes", "run_train"]
-
-NO_FIGURES = (
-    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
-    *("epoch", "sparsity"),
-)
 
 
 def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) -> dict[str, float]:
@@ -45,17 +43,19 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
     options = parse_options(arguments)
     training = options.training
     check_processes(training)
-    _check_overwrite(options)
+    if options.run.overwrite:
+        check_overwritten(str(options.model.model), training.output_dir or ".")
     is_main = training.process_index == 0
     tell: Callable[[str], Any] = write if is_main else lambda text: None
     if not training.do_train:
         trainer, splits = _set_up(options, tell)
         results = _measure(trainer, splits, training)
-        tell(_shown(results))
+        tell(shown_figures(results))
         return results
     record = check_output_dir(options)
     if record.results is not None:
-        tell(f"{training.output_dir} holds this run, finished: {_shown(record.results)}. --overwrite starts it anew.")
+        figures = shown_figures(record.results)
+        tell(f"{training.output_dir} holds this run, finished: {figures}. --overwrite starts it anew.")
         return record.results
     checkpoint = None if options.run.overwrite else _checkpoint(training)
     trainer, splits = _set_up(options, tell)
@@ -71,7 +71,7 @@ def run_train(arguments: Sequence[str], *, write: Callable[[str], Any] = print) 
     _save(trainer, splits, results)
     if is_main:
         record.finish(results)
-    tell(f"\n{kron_summary(trainer.accelerator.unwrap_model(trainer.model))}\n\n{_shown(results)}")
+    tell(f"\n{kron_summary(trainer.accelerator.unwrap_model(trainer.model))}\n\n{shown_figures(results)}")
     tell(f"The model, its image processor and its card are in {training.output_dir}")
     return results
 
@@ -90,18 +90,9 @@ def check_processes(training: CommandArguments) -> None:
         )
 
 
-def _check_overwrite(options: Options) -> None:
-    model, output_dir = Path(str(options.model.model)).resolve(), Path(options.training.output_dir or ".").resolve()
-    if options.run.overwrite and model.is_relative_to(output_dir):
-        raise ValueError(
-            f"--overwrite would delete the model that --model names: {options.model.model} lies in the output "
-            f"directory {options.training.output_dir}; name another --output-dir"
-        )
-
-
 def _set_up(options: Options, tell: Callable[[str], Any]) -> tuple[CommandTrainer, ImageSplits]:
     with options.training.main_process_first(local=False, desc="data set"):
-        splits = _load_data(options)
+        splits = load_images(options.data, options.training.hub_token)
     for note in splits.notes:
         tell(f"{splits.name}: {note}")
     trainer = _build_trainer(options, splits)
@@ -120,22 +111,6 @@ def _checkpoint(training: CommandArguments) -> str | None:
             "on; pass --overwrite to start anew"
         )
     return found
-
-
-def _load_data(options: Options) -> ImageSplits:
-    data = options.data
-    return load_splits(
-        data.dataset,
-        config_name=data.dataset_config,
-        revision=data.dataset_revision,
-        token=options.training.hub_token,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        train_split=data.train_split,
-        validation_split=data.validation_split,
-        test_split=data.test_split,
-        validation_fraction=data.validation_fraction,
-    )
 
 
 def _build_trainer(options: Options, splits: ImageSplits) -> CommandTrainer:
@@ -178,18 +153,12 @@ def _introduction(splits: ImageSplits, trainer: CommandTrainer) -> str:
 def _measure(trainer: CommandTrainer, splits: ImageSplits, training: CommandArguments) -> dict[str, float]:
     """The figures of the model that is kept; the test images are read here and nowhere else."""
     validation = trainer.evaluate()
-    results = {f"validation_{name}": value for name, value in _figures(validation, "eval").items()}
+    results = named_figures(validation, "eval", "validation")
     if splits.test is not None and training.do_predict:
         like: Any = trainer.eval_dataset
         examples = Examples(splits.test, like.processor, like.channels)
-        figures = _figures(trainer.evaluate(examples, metric_key_prefix="test"), "test")
-        results |= {f"test_{name}": value for name, value in figures.items()}
+        results |= named_figures(trainer.evaluate(examples, metric_key_prefix="test"), "test", "test")
     return results | {"sparsity": model_sparsity(trainer.accelerator.unwrap_model(trainer.model))}
-
-
-def _figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    short = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-    return {name: value for name, value in short.items() if name not in NO_FIGURES}
 
 
 def _save(trainer: CommandTrainer, splits: ImageSplits, results: dict[str, float]) -> None:
@@ -206,7 +175,3 @@ def _save(trainer: CommandTrainer, splits: ImageSplits, results: dict[str, float
     else:
         trainer.save_model()
         trainer.create_model_card()
-
-
-def _shown(results: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.items())

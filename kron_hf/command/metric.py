@@ -1,4 +1,4 @@
-"""The metric of `kron-hf train`, through `evaluate`."""
+"""The metric that a command measures with, through `evaluate`."""
 
 import json
 from collections.abc import Callable

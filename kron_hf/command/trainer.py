@@ -1,4 +1,4 @@
-"""The trainer of `kron-hf train`."""
+"""The trainer of the commands."""
 
 from typing import Any
 
@@ -26,6 +26,7 @@ class CommandTrainer(KronTrainer):
 
     card_dataset: str | None = None
     card_metrics: dict[str, float] | None = None
+    card_report: str | None = None
 
     def check_final_save(self) -> None:
         """Refuses, before the training, what would end it without a model that `from_pretrained` loads.
@@ -59,6 +60,7 @@ class CommandTrainer(KronTrainer):
                 name=self.args.hub_model_id,
                 dataset=self.card_dataset,
                 metrics=self.card_metrics,
+                report=self.card_report,
                 overwrite=True,
             )
 

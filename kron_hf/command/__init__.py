@@ -1,0 +1,1 @@
+"""What the commands `kron-hf train` and `kron-hf compress` share. Needs the extra `demo`."""

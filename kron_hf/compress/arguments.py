@@ -1,0 +1,125 @@
+"""The options of `kron-hf compress`, but for those that it shares with other commands."""
+
+# ruff: noqa: RUF009  # option returns a dataclasses.field, which no instance shares
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kron_hf.command.options import option, required
+
+__all__ = ["CompressionOptions", "DenseOptions", "HealingOptions"]
+
+BUDGETS = ("target_params", "target_flops", "max_error")
+DEFAULT_BUDGET = 0.25  # of the parameters
+
+
+@dataclass(kw_only=True)
+class DenseOptions:
+    """The model to compress."""
+
+    _argument_group_name = "model"
+
+    model: str = required(
+        "Directory of a trained model, or its id on the Hub: an image classifier for these classes, or a backbone, "
+        "to which a head is fitted first.",
+        metavar="ID_OR_DIR",
+    )
+    model_revision: str | None = option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
+    image_processor: str | None = option(
+        None, "Directory or id of an image processor; else that of --model, else one made for its config.", metavar="ID"
+    )
+    image_size: int | None = option(
+        None, "Pixels a side, for a model that takes other images than its own, as DINOv2 does.", metavar="N"
+    )
+    ignore_mismatched_sizes: bool = option(False, "Fit a new head in the place of one for other classes.")
+    head_images: int = option(10_000, "Training images that a new head is fitted to.", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "head_images"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(kw_only=True)
+class CompressionOptions:
+    """How small it becomes, by one budget or one block size and rank."""
+
+    _argument_group_name = "compression"
+
+    target_params: float | None = option(
+        None, "Share of the layers' parameters to keep; data chooses shape and rank of each. (default: 0.25)"
+    )
+    target_flops: float | None = option(None, "The same for their FLOPs.", metavar="F")
+    max_error: float | None = option(None, "As few parameters as this relative error of each layer takes.", metavar="F")
+    block_size: list[int] | None = option(
+        None, "Instead, one block of W for all, one number or two: out in; -1 is the whole dimension.", metavar="N"
+    )
+    rank: int | None = option(None, "Number of Kronecker terms, with --block-size.", metavar="R")
+    target_modules: list[str] | None = option(
+        None, "Modules to replace, by name or name ending, or all-linear. (default: attention and MLP)", metavar="NAME"
+    )
+    exclude_modules: list[str] | None = option(None, "Modules to leave alone.", metavar="NAME")
+    calibration_images: int = option(2000, "Training images that the layers are fitted to.", metavar="N")
+    readout: Literal["cls", "all"] | None = option(None, "Which tokens count; by default those that the head reads.")
+
+    def __post_init__(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        sizes = [name for name in ("block_size", "rank") if getattr(self, name) is not None]
+        if len(given) + bool(sizes) > 1:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *sizes))
+            raise ValueError(f"{flags}: give one budget, or --block-size and --rank, since each alone decides")
+        if sizes and len(sizes) < 2:
+            raise ValueError("--block-size and --rank belong together")
+        if self.block_size is not None and len(self.block_size) not in (1, 2):
+            raise ValueError(f"--block-size takes one number or two (out, in), got {self.block_size}")
+        if self.calibration_images < 1:
+            raise ValueError(f"--calibration-images must be at least 1, got {self.calibration_images}")
+        if not given and not sizes:
+            self.target_params = DEFAULT_BUDGET
+
+    def conversion(self) -> dict[str, Any]:
+        """The arguments for `KronConfig` that were given."""
+        sizes, names = self.block_size, self.target_modules
+        given = {
+            **{name: getattr(self, name) for name in BUDGETS},
+            "block_size": sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes)),
+            "rank": self.rank,
+            "target_modules": "all-linear" if names == ["all-linear"] else names,
+            "exclude_modules": self.exclude_modules,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class HealingOptions:
+    """The training afterwards, and where the result goes."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = option("kron-compress", "Where the model and the report go.", metavar="DIR")
+    distill_steps: int = option(500, "Steps of distillation from the dense model; 0 is none.", metavar="N")
+    finetune_steps: int = option(500, "Steps on the labels after that; 0 is none.", metavar="N")
+    learning_rate: float = option(5e-4, "Of the distillation; 3e-3 destroys a good start.", metavar="F")
+    finetune_learning_rate: float = option(1e-4, "Of the steps on the labels.", metavar="F")
+    finetune_logits: float | None = option(
+        None,
+        "Weight of the dense model's logits beside the labels. (default: 1, but 0 where its head was fitted here)",
+        metavar="F",
+    )
+    batch_size: int = option(32, "Images a step.", metavar="N")
+    save_steps: int = option(100, "Steps between two checkpoints, from which a killed run goes on.", metavar="N")
+    logging_steps: int = option(50, "Steps between two lines of the log.", metavar="N")
+    dataloader_num_workers: int = option(0, "Processes that read images.", metavar="N")
+    seed: int = option(0, "Of the order of the images and of what is drawn from them.", metavar="N")
+    bf16: bool = option(False, "Train in bfloat16 where that is safe.")
+    fp16: bool = option(False, "Train in float16 where that is safe.")
+    use_cpu: bool = option(False, "Leave a GPU alone.")
+    disable_tqdm: bool = option(False, "Show no progress bars of the training.")
+    push_to_hub: bool = option(False, "Upload the result.")
+    hub_model_id: str | None = option(None, "Repository for it; else named as --output-dir.", metavar="ID")
+    hub_private_repo: bool | None = option(None, "Whether a new repository is private.")
+    hub_token: str | None = option(None, "Token for the Hub; else the one logged in with.", metavar="TOKEN")
+
+    def __post_init__(self) -> None:
+        for name, least in (("distill_steps", 0), ("finetune_steps", 0), ("batch_size", 1), ("save_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
