@@ -11,7 +11,11 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from kron_hf import KronConfig, KronLinear, get_kron_model
 
-CHOICES = ['init_weights="random"', 'init_weights="nearest"', 'init_weights="calibrated"']
+CHOICES = [
+    'KronConfig(..., init_weights="random")',
+    'KronConfig(..., init_weights="nearest")',
+    "get_kron_model(..., calibration_data=images)",
+]
 
 
 def config(**kwargs):
@@ -271,7 +275,7 @@ def test_a_loaded_model_needs_a_choice(headed_dir, load):
     model = load(headed_dir)
     with pytest.raises(ValueError, match="this model holds trained weights") as error:
         get_kron_model(model, config())
-    assert all(f"KronConfig(..., {choice})" in str(error.value) for choice in CHOICES)
+    assert all(choice in str(error.value) for choice in CHOICES)
     assert not kron_layers(model)
     assert kron_layers(get_kron_model(model, config(init_weights="random")))
 
@@ -294,7 +298,7 @@ def test_from_a_checkpoint_needs_a_choice_before_anything_is_loaded():
     with pytest.raises(ValueError, match="write one of") as error:
         get_kron_model(config(base_model_name_or_path="no/such-model"))
     message = str(error.value)
-    assert all(f"KronConfig(..., {choice})" in message for choice in CHOICES)
+    assert all(choice in message for choice in CHOICES)
     assert "get_kron_model(config, pretrained=False)" in message
 
 

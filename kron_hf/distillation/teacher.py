@@ -28,7 +28,7 @@ class Teacher:
             raise TypeError(f"the teacher must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self._recorder = Recorder(model, hidden)
-        self._parameters = inspect.signature(model.forward).parameters
+        self._arguments = inspect.signature(model.forward).parameters
 
     @torch.no_grad()
     def states(self, inputs: Mapping[str, Any]) -> States:
@@ -44,7 +44,7 @@ class Teacher:
             return False
         if "label" in name or name in ("start_positions", "end_positions"):  # its loss is not asked for
             return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        return name in self._parameters or any(each.kind is each.VAR_KEYWORD for each in self._parameters.values())
+        return name in self._arguments or any(each.kind is each.VAR_KEYWORD for each in self._arguments.values())
 
     def _moved(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
