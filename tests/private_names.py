@@ -7,7 +7,7 @@ import ast
 import importlib
 import platform
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import version
 from pathlib import Path
 
@@ -126,9 +126,10 @@ def class_at(path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def _trees() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+@cache
+def _trees() -> list[tuple[str, ast.Module]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def _classes() -> Iterator[type]:
@@ -172,6 +173,7 @@ def _members(tree: ast.Module) -> set[str]:
     return _methods(tree) | own | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+@cache
 def _all_names(tree: ast.Module) -> set[str]:
     constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return {*_used_names(tree), *_methods(tree), *(value for value in constants if isinstance(value, str))}

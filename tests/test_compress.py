@@ -143,6 +143,7 @@ def test_another_command_in_the_same_directory_is_refused(finished, capsys):
     assert "holds a run with other settings (--distill-steps 6, now 7)" in error
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
     output, comparison, _, arguments = finished
     again, said = [*arguments[1:], "--output-dir", str(tmp_path / "run")], []

@@ -36,6 +36,7 @@ def test_example_trains_saves_and_reports_what_it_saved(name, budget, tmp_path):
     assert accuracy > 0.2  # 40 steps: well above chance
 
 
+@pytest.mark.slow
 def test_dinov2_is_compressed_saved_and_compared(tmp_path):
     torch.manual_seed(0)
     sizes = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
