@@ -105,6 +105,11 @@ BARS = (
         judge=lambda cells: _near_dense(cells, 0.5, [((4, 4), 2), ((4, 8), 4)], 0.5, 0.2),
     ),
     Bar(
+        experiment="lenet5_mnist",
+        claim="the same, all four declared shapes competing on the validation images",
+        judge=lambda cells: _near_dense(cells, 0.5, [((4, 4), 2), ((4, 8), 4), ((12, 8), 4), ((4, 4), 1)], 0.5, 0.2),
+    ),
+    Bar(
         experiment="vit_fashion_mnist",
         claim="50 % sparse, blocks 4 x 8, rank 4: within 2 points of dense",
         judge=lambda cells: _near_dense(cells, 0.5, [((4, 8), 4)], 2.0),
