@@ -17,7 +17,6 @@ from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.menu import Option, is_low_rank, kron_option, layer_menu
 from kron_hf.calibration.menu_errors import layer_choices
-from kron_hf.calibration.passes import evaluation
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
@@ -28,11 +27,15 @@ from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
 from kron_hf.escaping import shown
+from kron_hf.evaluation_mode import evaluation
 from kron_hf.layers import KronLinear
 from kron_hf.surgery import replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
 
 __all__ = ["Calibration", "budget_settings", "calibrate", "check_conversion", "install_layers"]
+
+# What the config of the choice takes over from the one that asked for it.
+KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 FAR = 3.0  # times the budget's share of a layer
@@ -111,7 +114,7 @@ class _Calibrating:
             layers=tuple(_row(target, sizes[target.name], fitted, choices) for target in self.targets),
             settings=budget_settings(self.config),
         )
-        kept = {"base_model_name_or_path": self.config.base_model_name_or_path, "revision": self.config.revision}
+        kept = {name: getattr(self.config, name) for name in KEPT}
         return Calibration(layers=fitted.layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
 
     def _measure(self) -> dict[str, LayerChoices]:

@@ -16,11 +16,11 @@ SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
 TORCH_ONLY = (
     *("factors", "sharding", "ops", "layers", "selection", "sparsity", "calibration", "distillation"),
-    *("param_groups", "summary"),
+    *("evaluation_mode", "param_groups", "summary"),
 )
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"versions", "escaping", "factors", "metrics", "weight_reads", "sharding", "data"},
+    {"versions", "escaping", "evaluation_mode", "factors", "metrics", "weight_reads", "sharding", "data"},
     {"peft_type", "module_map", "ops", "config_checks"},
     {"calibration_config"},
     {"config", "layers"},

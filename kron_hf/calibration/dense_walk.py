@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from kron_hf.calibration.batches import Batch, Batches, example_count, few_examples
 from kron_hf.calibration.features import Features
 from kron_hf.calibration.moments import Covariances, Moments
-from kron_hf.calibration.passes import Finish, evaluation, hooked, run, swapped
+from kron_hf.calibration.passes import Finish, hooked, run, swapped
 from kron_hf.calibration.route import Block, Route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
+from kron_hf.evaluation_mode import evaluation
 
 __all__ = ["Inputs", "Sensitivity", "walk_dense"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kron_hf.calibration.batches import Batch
 from kron_hf.calibration.random_numbers import same_random_numbers
 
-__all__ = ["Finish", "all_tensors", "evaluation", "first_tensor", "hooked", "run", "skipped", "swapped"]
+__all__ = ["Finish", "all_tensors", "first_tensor", "hooked", "run", "skipped", "swapped"]
 
 
 class Finish(Exception):  # no error: a hook has seen what the run was for
@@ -34,18 +34,6 @@ def run(model: nn.Module, batch: Batch) -> Any:
 def _as_written() -> Any:
     # Importing the compiler takes seconds, and it is there if anything was compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

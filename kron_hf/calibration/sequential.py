@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch, Batches, few_examples
 from kron_hf.calibration.moments import Covariances, Moments
-from kron_hf.calibration.passes import Finish, evaluation, hooked, run
+from kron_hf.calibration.passes import Finish, hooked, run
 from kron_hf.calibration.route import Block, Route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.streams import Stream, watched
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
+from kron_hf.evaluation_mode import evaluation
 
 __all__ = ["Fitting", "Problem", "calibrate_in_order", "fitted_to"]
 

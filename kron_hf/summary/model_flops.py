@@ -1,7 +1,6 @@
 """`model_flops`: the FLOPs of a whole model, counted while it runs with shapes alone."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kron_hf.ops  # noqa: F401  # registers what a Kronecker product costs
+from kron_hf.evaluation_mode import evaluation
 
 __all__ = ["ModelFlops", "model_flops"]
 
@@ -58,7 +58,7 @@ def model_flops(model: nn.Module, inputs: Tensor | Mapping[str, Any], *, compute
     """
     counter = FlopCounterMode(display=False)
     # Of all ways to compute attention the plain products alone are counted alike on every device.
-    with _evaluation(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with evaluation(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         outputs = _run(model, inputs, _detached if compute else _on_meta)
         forward = counter.get_total_flops()
         roots = [output for output in outputs if output.requires_grad]
@@ -105,15 +105,3 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _detached(tensor: Tensor) -> Tensor:
     """The same memory, with a gradient of its own."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
