@@ -15,6 +15,7 @@ from kron_hf.calibration.allocation import LayerChoices, allocate
 from kron_hf.calibration.batches import Batch, Batches, few_examples, is_label
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
+from kron_hf.calibration.gradients import OutputGradients, output_gradients
 from kron_hf.calibration.menu import Option, is_low_rank, kron_option, layer_menu
 from kron_hf.calibration.menu_errors import layer_choices
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
@@ -22,7 +23,7 @@ from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
 from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
-from kron_hf.calibration.token_weights import TokenWeights, cls_weights, no_weights
+from kron_hf.calibration.token_weights import TokenWeights, first_token_weights
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
@@ -104,7 +105,9 @@ class _Calibrating:
             first = next(iter(self.batches))
             self.route = find_route(model, [target.name for target in self.targets], first)
             self.streams = find_streams(model, self.route, few_examples(first))
-            self.token_weights = _token_weights(model, self.route, few_examples(first), self.options)
+            self.first_token_alone = _first_token_alone(model, self.route, few_examples(first), self.options)
+            self.gradients = self._gradients()
+        self.token_weights = _token_weights(self.route, self.gradients) if self.first_token_alone else {}
 
     def run(self) -> Calibration:
         choices = None if self.config.budget is None else self._measure()
@@ -117,25 +120,32 @@ class _Calibrating:
         kept = {name: getattr(self.config, name) for name in KEPT}
         return Calibration(layers=fitted.layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
 
-    def _measure(self) -> dict[str, LayerChoices]:
-        """The errors of all options, on the dense model's inputs."""
+    def _gradients(self) -> dict[str, OutputGradients]:
+        """How much the model's features depend on each layer; nothing, where neither weights nor a budget ask."""
+        if self.config.budget is None and not self.first_token_alone:
+            return {}
         features = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
         assert isinstance(features, nn.Module)
+        names = [target.name for target in self.targets]
+        return output_gradients(
+            self.model, names, self.batches, features=features, first_token_alone=self.first_token_alone
+        )
+
+    def _measure(self) -> dict[str, LayerChoices]:
+        """The errors of all options, on the dense model's inputs."""
         walk = walk_dense(
-            self.model,
-            self.route,
-            self.batches,
-            features=features,
-            held_out=self.options.held_out,
-            token_weights=self.token_weights,
+            self.model, self.route, self.batches, held_out=self.options.held_out, token_weights=self.token_weights
         )
         found: dict[str, LayerChoices] = {}
-        near = self.config.target_params or self.config.target_flops or 0.25
         for inputs in tqdm(walk, total=len(self.targets), desc="Measuring options", **BAR):
             linear, stream = inputs.linear, self.streams.get(inputs.name)
             weights = None if stream is None else stream.scale.square()
             found[inputs.name] = layer_choices(
-                inputs, _menu(linear, self.config), output_weights=weights, ridge=self.options.ridge, near=near
+                inputs,
+                _menu(linear, self.config),
+                self.gradients[inputs.name].outputs,
+                output_weights=weights,
+                ridge=self.options.ridge,
             )
         return found
 
@@ -276,16 +286,23 @@ def _collate_for(model: nn.Module) -> Callable[[list[Any]], Any]:
     return collate
 
 
-def _token_weights(model: nn.Module, route: Route, batch: Batch, options: CalibrationConfig) -> TokenWeights:
-    readout = options.readout
-    if readout is None:
-        readout = "cls" if reads_first_token_alone(model, route, batch) else "all"
-    if readout == "all":
-        return no_weights
-    tokens = token_count(model, route, batch)
-    if tokens is None:
+def _first_token_alone(model: nn.Module, route: Route, batch: Batch, options: CalibrationConfig) -> bool:
+    if options.readout is None:
+        return reads_first_token_alone(model, route, batch)
+    if options.readout == "cls" and token_count(model, route, batch) is None:
         raise ValueError("readout='cls' needs a model whose blocks give [batch, tokens, features]")
-    return cls_weights(tokens)
+    return options.readout == "cls"
+
+
+def _token_weights(route: Route, gradients: Mapping[str, OutputGradients]) -> dict[str, TokenWeights]:
+    """By the first name of each stage; the linears of a stage are fitted to the same rows, with the same weights."""
+    found: dict[str, TokenWeights] = {}
+    for stage in (stage for block in route.blocks for stage in block.stages):
+        pairs = [(each.first, each.others) for each in (gradients[name] for name in stage)]
+        first, others = (math.fsum(values) for values in zip(*((a or 0.0, b or 0.0) for a, b in pairs), strict=True))
+        if first > 0 or others > 0:
+            found[stage[0]] = first_token_weights(first, others)
+    return found
 
 
 def _option(target: Target) -> Option:

@@ -8,13 +8,11 @@ from transformers import ViTMAEConfig, ViTMAEModel
 
 from kron_hf import KronConfig
 from kron_hf.calibration.batches import Batches
-from kron_hf.calibration.features import Features
 from kron_hf.calibration.passes import hooked, run, skipped, swapped
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.route import find_route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.streams import find_streams
-from kron_hf.calibration.token_weights import no_weights
 from kron_hf.targets import find_targets
 
 MODELS = {"ViT": tiny.vit, "DINOv2": tiny.dinov2, "BERT": tiny.bert, "Swin": tiny.swin}
@@ -170,44 +168,6 @@ def test_passes_begin_with_the_inputs_where_a_decoder_reads_the_encoder(build):
     route = find_route(model, names, batch)
     assert route.in_turn
     assert not begins_anywhere(model, route, batch)
-
-
-def test_features_that_read_earlier_blocks_are_noticed():
-    class Pyramid(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
-
-        def forward(self, x):
-            first = self.blocks[0](x)
-            return first, self.blocks[1](first)
-
-    torch.manual_seed(0)
-    model, batch = Pyramid(), {"": torch.randn(5, 4)}
-    route = find_route(model, ["blocks.0.0", "blocks.1.0"], batch)
-    assert begins_anywhere(model, route, batch)
-    assert not begins_anywhere(model, route, batch, features=model)
-    features = Features(model, model, [batch], no_weights)
-    assert features.relative_error(0) == 0
-    # The first output does not depend on the second block; the second does.
-    with swapped(model, {"blocks.1": nn.Identity()}):
-        assert features.relative_error(0) > 0.01
-
-
-def test_features_of_a_backbone_that_the_model_does_not_call_and_of_one_number_an_example():
-    class Score(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 1)
-
-        def forward(self, x):
-            return self.layer(x)[:, 0]
-
-    torch.manual_seed(0)
-    model = Score()
-    features = Features(model, nn.Identity(), [{"": torch.randn(5, 4)}], no_weights)
-    with swapped(model, {"layer": nn.Linear(4, 1)}):
-        assert features.relative_error(0) > 0.01
 
 
 class Twice(nn.Module):

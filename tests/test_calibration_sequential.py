@@ -13,7 +13,7 @@ from kron_hf.calibration.passes import run, swapped
 from kron_hf.calibration.route import find_route
 from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
-from kron_hf.calibration.token_weights import cls_weights, no_weights
+from kron_hf.calibration.token_weights import first_token_weights
 from kron_hf.targets import find_targets
 
 RIDGE = 1e-12
@@ -28,7 +28,7 @@ def fit(problem, block_size, rank, **options):
     return fitted_layer(problem, torch.ones_like(a[0]), a, b)
 
 
-def converted(model, data, ranks, *, residual=True, token_weights=no_weights, keeps=True):
+def converted(model, data, ranks, *, residual=True, token_weights=None, keeps=True):
     """Low-rank layers of ranks that the end of each name says; others stay as they are."""
     batches = Batches(data)
     layers, problems = {}, {}
@@ -120,12 +120,13 @@ def test_without_streams_the_targets_are_the_outputs_of_the_dense_model():
 
 def test_token_weights_count_rows_and_padding_does_not_count():
     model, data = tiny.bert().double(), tiny.text_batches(80, 80)
-    layers, _, _ = converted(model, data, {"query": 32}, token_weights=cls_weights(12))
     name = "bert.encoder.layer.0.attention.self.query"
+    token_weights = {name: first_token_weights(11.0, 2.0)}
+    layers, _, _ = converted(model, data, {"query": 32}, token_weights=token_weights)
     weights = data[0]["attention_mask"].clone().double()
     weights[:, 0] = 5.5
     x, y = activations(model, data, [name])
-    problem = converted(model, data, {}, token_weights=cls_weights(12))[1][name]
+    problem = converted(model, data, {}, token_weights=token_weights)[1][name]
     rows = x[name].flatten(0, 1)
     mean = (weights.flatten()[:, None] * rows).sum(0) / weights.sum()
     torch.testing.assert_close(problem.covariances.mean_x, mean)
@@ -222,7 +223,7 @@ def test_a_layer_that_is_called_twice_is_fitted_to_both_calls():
     (problem,) = problems
     assert problem.covariances.rows == 100
     torch.testing.assert_close(problem.covariances.mean_x, (x.mean(0) + (model.layer(x).tanh() + 3).mean(0)) / 2)
-    both = list(walk_dense(model, route, Batches([x]), features=model, held_out=0.0))
+    both = list(walk_dense(model, route, Batches([x]), held_out=0.0))
     assert both[0].fitting.rows == 100
     torch.testing.assert_close(both[0].fitting.mean_x, problem.covariances.mean_x)
 

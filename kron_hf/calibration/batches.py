@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kron_hf.calibration.random_numbers import same_random_numbers
 
-__all__ = ["Batch", "Batches", "example_count", "few_examples", "is_label"]
+__all__ = ["Batch", "Batches", "example_count", "few_examples", "is_label", "split_examples"]
 
 Batch = dict[str, Any]
 FEW = 4  # examples that show where a model's tokens go
@@ -124,10 +124,19 @@ def example_count(batch: Batch) -> int:
 
 def few_examples(batch: Batch) -> Batch:
     """The first examples of a batch; all, where its tensors differ in length and it is not clear what is an example."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
-    if len({len(tensor) for tensor in tensors}) != 1:
-        return batch
-    return {name: value[:FEW] if _has_length(value, len(tensors[0])) else value for name, value in batch.items()}
+    return next(split_examples(batch, FEW))
+
+
+def split_examples(batch: Batch, count: int) -> Iterator[Batch]:
+    """So many examples of a batch at a time; all, where its tensors differ in length."""
+    lengths = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim}
+    if len(lengths) != 1:
+        yield batch
+        return
+    (length,) = lengths
+    for start in range(0, max(length, 1), count):
+        part = slice(start, start + count)
+        yield {name: value[part] if _has_length(value, length) else value for name, value in batch.items()}
 
 
 def _has_length(value: Any, length: int) -> bool:

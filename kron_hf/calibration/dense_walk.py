@@ -1,21 +1,20 @@
 """The inputs of all linears in the dense model, block by block: what the choice of shapes and ranks is made from."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch, Batches, example_count, few_examples
-from kron_hf.calibration.features import Features
 from kron_hf.calibration.moments import Covariances, Moments
-from kron_hf.calibration.passes import Finish, hooked, run, swapped
+from kron_hf.calibration.passes import Finish, hooked, run
 from kron_hf.calibration.route import Block, Route
 from kron_hf.calibration.sides import Side, begins_anywhere
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
 from kron_hf.evaluation_mode import evaluation
 
-__all__ = ["Inputs", "Sensitivity", "walk_dense"]
+__all__ = ["Inputs", "walk_dense"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,12 @@ class Inputs:
         linear: The linear.
         fitting: Covariances with its outputs, of the examples to fit on.
         held_out: Of the examples that only judge; the same as `fitting` if there are too few examples to split.
-        feature_error: From a module that takes the linear's place to the relative squared error of the features.
     """
 
     name: str
     linear: nn.Linear
     fitting: Covariances
     held_out: Covariances
-    feature_error: Callable[[nn.Module], float]
 
 
 def walk_dense(
@@ -42,10 +39,8 @@ def walk_dense(
     route: Route,
     batches: Batches,
     *,
-    features: nn.Module,
     held_out: float = 0.25,
-    judging: int = 2,
-    token_weights: TokenWeights = no_weights,
+    token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> Iterator[Inputs]:
     """Yields the inputs of the linears in the order of the route; memory is taken for one block at a time.
 
@@ -53,58 +48,35 @@ def walk_dense(
         model: The dense model; between two linears it is in its own state.
         route: What `find_route` found.
         batches: The calibration data.
-        features: The module whose output tells how much an error matters.
         held_out: Share of the examples that are not fitted.
-        judging: Batches that `feature_error` runs.
-        token_weights: How much each row counts.
+        token_weights: How much each row counts, by the first name of a stage; those of stages without all alike.
 
     Raises:
         ValueError: Activations are not finite.
     """
     with evaluation(model):
-        first = few_examples(next(iter(batches)))
-        side = Side(model, batches, {}, begins_anywhere(model, route, first))
-        # Features may read blocks that the linears further on do not.
-        whole = side.keeps and begins_anywhere(model, route, first, features=features)
-        judged = side if whole else Side(model, batches, {}, keeps=False)
-        few = [batch for batch, _ in zip(batches, range(judging), strict=False)]
-        judge = Features(model, features, few, token_weights)
+        side = Side(model, batches, {}, begins_anywhere(model, route, few_examples(next(iter(batches)))))
     for block in route.blocks:
         with evaluation(model):
-            moments = _collect(model, side, block, route.repeated, held_out, token_weights)
+            moments = _collect(model, side, block, route.repeated, held_out, token_weights or {})
         for stage in block.stages:
             fitting, held = (part.result() for part in moments.pop(stage[0]))
             for name in stage:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-                error = Sensitivity(model, judged, judge, name)
-                yield Inputs(name, linear, fitting.linear(weight, bias), held.linear(weight, bias), error)
+                yield Inputs(name, linear, fitting.linear(weight, bias), held.linear(weight, bias))
         with evaluation(model):
             side.finish(block.name)
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """How much the features suffer when one linear is replaced: called with the replacement."""
-
-    model: nn.Module
-    side: Side
-    judge: Features
-    name: str
-
-    def __call__(self, replacement: nn.Module) -> float:
-        """Relative squared error of the features with the replacement in the linear's place."""
-        errors: list[float] = []
-        with evaluation(self.model):
-            for index in range(len(self.judge.batches)):
-                with self.side.at(index), swapped(self.model, {self.name: replacement}):
-                    errors.append(self.judge.relative_error(index))
-        return sum(errors) / len(errors)
-
-
 def _collect(
-    model: nn.Module, side: Side, block: Block, repeated: Set[str], held_out: float, token_weights: TokenWeights
+    model: nn.Module,
+    side: Side,
+    block: Block,
+    repeated: Set[str],
+    held_out: float,
+    token_weights: Mapping[str, TokenWeights],
 ) -> dict[str, tuple[Moments, Moments]]:
     """Moments of the inputs of each stage: of the examples to fit on, and of the others."""
     result: dict[str, tuple[Moments, Moments]] = {}
@@ -121,7 +93,7 @@ def _collect(
 
         def saw(name: str, batch: Batch, held: Tensor) -> Callable[[Tensor], None]:
             def see(x: Tensor) -> None:
-                _add(result[name], name, x, batch, held, token_weights)
+                _add(result[name], name, x, held, token_weights.get(name, no_weights)(batch, x))
                 if name == last:
                     raise Finish
 
@@ -135,10 +107,7 @@ def _collect(
     return {name: parts if parts[1].weight else (parts[0], parts[0]) for name, parts in result.items()}
 
 
-def _add(
-    moments: Sequence[Moments], name: str, x: Tensor, batch: Batch, held: Tensor, token_weights: TokenWeights
-) -> None:
-    weights = token_weights(batch, x)
+def _add(moments: Sequence[Moments], name: str, x: Tensor, held: Tensor, weights: Tensor | None) -> None:
     weights = torch.ones(x.shape[:-1].numel(), dtype=torch.float64, device=x.device) if weights is None else weights
     rows = len(weights) // len(held)
     # Where an example's rows are not together, as in some windows, the split is one of rows.

@@ -1,16 +1,14 @@
-"""How well each option of a layer can be fitted, judged on examples that it was not fitted to."""
+"""How well each option of a layer can be fitted, judged on examples that it was not fitted to; what that matters."""
 
 import math
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.allocation import LayerChoices
 from kron_hf.calibration.dense_walk import Inputs
 from kron_hf.calibration.fit import fit_factors, output_error
-from kron_hf.calibration.fitted_layer import layer_with
 from kron_hf.calibration.low_rank import LowRankPath, low_rank_path
 from kron_hf.calibration.menu import Option, is_low_rank
 from kron_hf.calibration.moments import Covariances
@@ -25,31 +23,26 @@ TINY = 1e-12  # has a logarithm
 def layer_choices(
     inputs: Inputs,
     menu: Sequence[Option],
+    gradients: Tensor,
     *,
     output_weights: Tensor | None = None,
     ridge: float = 1e-4,
-    near: float = 0.1,
 ) -> LayerChoices:
-    """Fits every option of a menu, and finds out how much an error of this layer matters.
+    """Fits every option of a menu.
 
     Args:
         inputs: Of the layer in the dense model.
         menu: Its options.
+        gradients: Mean squared gradients of the model's features by the layer's outputs, `OutputGradients.outputs`:
+            the sensitivity is their product with the variances of the outputs.
         output_weights: How much each output feature counts.
         ridge: Of the fits.
-        near: The sensitivity is measured with the fit of the option whose share of the dense parameters comes nearest.
     """
     fitting, held_out = (fitted_to(inputs.linear, part) for part in (inputs.fitting, inputs.held_out))
     weights = None if output_weights is None else output_weights.to(fitting.c)
-    fits = _Fits(inputs.linear, fitting, held_out, weights, ridge)
-    errors = fits.errors(menu)
-    shares = {option: option.params / menu[-1].params for option in menu if not option.is_dense}
-    if not shares:
-        return LayerChoices(inputs.name, list(menu), errors, 0.0)
-    example = min(shares, key=lambda option: abs(math.log(shares[option] / near)))
-    error = errors[list(menu).index(example)]
-    damage = inputs.feature_error(fits.layer(example))
-    return LayerChoices(inputs.name, list(menu), errors, damage / error if error > 0 else 0.0)
+    errors = _Fits(inputs.linear, fitting, held_out, weights, ridge).errors(menu)
+    sensitivity = float(gradients.to(held_out.v).double() @ held_out.v.double())
+    return LayerChoices(inputs.name, list(menu), errors, sensitivity)
 
 
 class _Fits:
@@ -71,13 +64,6 @@ class _Fits:
             of_ranks = self._low_rank_errors() if self._is_low_rank(block_size) else self._errors(block_size, offered)
             found |= {(block_size, rank): of_ranks[rank] for rank in offered}
         return [found[option.block_size, option.rank] for option in menu]
-
-    def layer(self, option: Option) -> nn.Module:
-        """The layer of an option."""
-        assert option.block_size is not None
-        assert option.rank is not None
-        a, b = self._factors(option.block_size, option.rank)
-        return layer_with(self.linear, torch.ones_like(a[0]), a, b, self.fitting)
 
     def _is_low_rank(self, block_size: tuple[int, int]) -> bool:
         return is_low_rank(block_size, self.linear.out_features, self.linear.in_features)

@@ -18,14 +18,14 @@ class Finish(Exception):  # no error: a hook has seen what the run was for
     """Raised in a hook to end a forward pass."""
 
 
-def run(model: nn.Module, batch: Batch) -> Any:
+def run(model: nn.Module, batch: Batch, *, with_graph: bool = False) -> Any:
     """The model's output for a batch; None if a hook has ended the pass.
 
     What it draws, as the masks of a masked autoencoder, is the same in every pass. A compiled model runs as it was
-    written: hooks and other layers come and go, and each would be compiled anew.
+    written: hooks and other layers come and go, and each would be compiled anew. `with_graph` is for gradients.
     """
     try:
-        with torch.no_grad(), same_random_numbers(0), _as_written():
+        with torch.set_grad_enabled(with_graph), same_random_numbers(0), _as_written():
             return model(batch[""]) if "" in batch else model(**batch)
     except Finish:
         return None

@@ -68,7 +68,7 @@ def calibrate_in_order(
     fitting: Fitting,
     *,
     streams: Mapping[str, Stream] | None = None,
-    token_weights: TokenWeights = no_weights,
+    token_weights: Mapping[str, TokenWeights] | None = None,
 ) -> Iterator[str]:
     """Fits the linears of a route in their order, and yields the name of each when it is done.
 
@@ -81,12 +81,12 @@ def calibrate_in_order(
         batches: The calibration data.
         fitting: Makes the layer of each problem.
         streams: Of the linears whose targets shall mend the residual stream.
-        token_weights: How much each row counts.
+        token_weights: How much each row counts, by the first name of a stage; those of stages without all alike.
 
     Raises:
         ValueError: Activations are not finite.
     """
-    walk = _Walk(model, route, batches, fitting, streams or {}, token_weights)
+    walk = _Walk(model, route, batches, fitting, streams or {}, token_weights or {})
     with evaluation(model):
         walk.start(begins_anywhere(model, route, few_examples(next(iter(batches)))))
     for block in route.blocks:
@@ -105,7 +105,7 @@ class _Walk:
     batches: Batches
     fitting: Fitting
     streams: Mapping[str, Stream]
-    token_weights: TokenWeights
+    token_weights: Mapping[str, TokenWeights]
     layers: dict[str, nn.Module] = field(default_factory=dict)
 
     def start(self, keeps: bool) -> None:
@@ -115,10 +115,10 @@ class _Walk:
     def fit(self, stage: tuple[str, ...]) -> None:
         linears = {name: self._linear(name) for name in stage}
         stream = self.streams.get(stage[0])
-        moments = _moments_of(linears)
+        moments, weigh = _moments_of(linears), self.token_weights.get(stage[0], no_weights)
         for index, batch in enumerate(self.batches):
             for x, targets in self._calls(index, batch, stage, stream):
-                weights = self.token_weights(batch, x)
+                weights = weigh(batch, x)
                 rows = [target.reshape(-1, target.shape[-1]) for target in targets]
                 try:
                     moments.update(x.reshape(-1, x.shape[-1]), torch.cat(rows, -1), weights)
