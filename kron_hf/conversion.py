@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
 from kron_hf.calibration.allocation import LayerChoices, allocate
-from kron_hf.calibration.batches import Batch, Batches, few_examples, is_label
+from kron_hf.calibration.batches import Batch, Batches, SpreadBatches, few_examples, is_label
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.gradients import OutputGradients, output_gradients
@@ -39,6 +39,7 @@ __all__ = ["Calibration", "budget_settings", "calibrate", "check_conversion", "i
 KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+COMPARED = 512  # examples that options are compared on: the ranking needs fewer than the fit
 FAR = 3.0  # times the budget's share of a layer
 BAR: dict[str, Any] = {"unit": "layer", "delay": 1.0, "leave": False}
 
@@ -128,13 +129,21 @@ class _Calibrating:
         assert isinstance(features, nn.Module)
         names = [target.name for target in self.targets]
         return output_gradients(
-            self.model, names, self.batches, features=features, first_token_alone=self.first_token_alone
+            self.model,
+            names,
+            SpreadBatches(self.batches, COMPARED),
+            features=features,
+            first_token_alone=self.first_token_alone,
         )
 
     def _measure(self) -> dict[str, LayerChoices]:
         """The errors of all options, on the dense model's inputs."""
         walk = walk_dense(
-            self.model, self.route, self.batches, held_out=self.options.held_out, token_weights=self.token_weights
+            self.model,
+            self.route,
+            SpreadBatches(self.batches, COMPARED),
+            held_out=self.options.held_out,
+            token_weights=self.token_weights,
         )
         found: dict[str, LayerChoices] = {}
         for inputs in tqdm(walk, total=len(self.targets), desc="Measuring options", **BAR):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kron_hf.calibration import gradients
-from kron_hf.calibration.batches import split_examples
+from kron_hf.calibration.batches import Batches, SpreadBatches, split_examples
 from kron_hf.calibration.gradients import output_gradients
 from kron_hf.calibration.token_weights import first_token_weights, no_weights
 
@@ -153,3 +153,29 @@ def test_weights_of_tokens(first, others, wanted):
     windows = torch.zeros(8, 3, 5)
     assert weigh({"pixel_values": x}, windows) is no_weights({"pixel_values": x}, windows) is None
     assert weigh({"pixel_values": x}, x[:, :1]) is None
+
+
+def test_how_examples_are_batched_does_not_matter():
+    model, images = tiny.vit().double(), tiny.pixels(20).double()
+    name = "vit.layers.0.mlp.fc1"
+    whole, parts = (
+        output_gradients(model, [name], [{"pixel_values": p} for p in images.split(size)], features=model.base_model)
+        for size in (20, 3)
+    )
+    torch.testing.assert_close(whole[name].outputs, parts[name].outputs)
+
+
+@pytest.mark.parametrize(
+    ("examples", "wanted"),
+    [
+        pytest.param(4, [0, 5], id="two of ten"),
+        pytest.param(7, [0, 2, 5, 8], id="an odd number"),
+        pytest.param(1, [0], id="one"),
+        pytest.param(100, list(range(10)), id="all"),
+    ],
+)
+def test_batches_are_spread_over_the_data(examples, wanted):
+    batches = Batches([torch.full((2, 1), float(number)) for number in range(10)])
+    spread = SpreadBatches(batches, examples)
+    for _ in range(2):
+        assert [int(batch[""][0, 0]) for batch in spread] == wanted

@@ -1,5 +1,6 @@
 """Calibration data, read again for every pass: the same batches in the same order each time."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kron_hf.calibration.random_numbers import same_random_numbers
 
-__all__ = ["Batch", "Batches", "example_count", "few_examples", "is_label", "split_examples"]
+__all__ = ["Batch", "Batches", "SpreadBatches", "example_count", "few_examples", "is_label", "split_examples"]
 
 Batch = dict[str, Any]
 FEW = 4  # examples that show where a model's tokens go
@@ -115,6 +116,23 @@ class Batches:
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(device=self._device, dtype=self._dtype if value.is_floating_point() else None)
+
+
+class SpreadBatches:
+    """Some of the batches, evenly spread, that hold about so many examples; all, where there are no more.
+
+    Data may be sorted, so that the first examples would be all of one kind.
+    """
+
+    def __init__(self, batches: Batches, examples: int) -> None:
+        self._batches = batches
+        self._share = examples / (len(batches) * example_count(next(iter(batches))))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass."""
+        for index, batch in enumerate(self._batches):
+            if math.ceil((index + 1) * self._share) > math.ceil(index * self._share) or self._share >= 1:
+                yield batch
 
 
 def example_count(batch: Batch) -> int:

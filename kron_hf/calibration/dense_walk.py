@@ -1,12 +1,12 @@
 """The inputs of all linears in the dense model, block by block: what the choice of shapes and ranks is made from."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kron_hf.calibration.batches import Batch, Batches, example_count, few_examples
+from kron_hf.calibration.batches import Batch, example_count, few_examples
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.calibration.passes import Finish, hooked, run
 from kron_hf.calibration.route import Block, Route
@@ -37,7 +37,7 @@ class Inputs:
 def walk_dense(
     model: nn.Module,
     route: Route,
-    batches: Batches,
+    batches: Iterable[Batch],
     *,
     held_out: float = 0.25,
     token_weights: Mapping[str, TokenWeights] | None = None,
@@ -47,7 +47,7 @@ def walk_dense(
     Args:
         model: The dense model; between two linears it is in its own state.
         route: What `find_route` found.
-        batches: The calibration data.
+        batches: The calibration data, read again and again.
         held_out: Share of the examples that are not fitted.
         token_weights: How much each row counts, by the first name of a stage; those of stages without all alike.
 

@@ -16,7 +16,7 @@ from kron_hf.calibration.moments import Covariances
 from kron_hf.calibration.terms import balanced_terms, orthonormal
 from kron_hf.factors import kron_weight
 
-__all__ = ["dense", "error_scale", "fit_factors", "fitted_bias", "output_error"]
+__all__ = ["dense", "error_scale", "fit_factors", "fitted_bias", "output_error", "starting_factors"]
 
 Factors = tuple[Tensor, Tensor]
 
@@ -67,6 +67,19 @@ def fit_factors(
     if float(covariances.c.diagonal().max()) > 0:
         a, b = _alternate(quadratic, a, b, sweeps, mask)
     return balanced_terms(a, b, rank, in_features, mask)
+
+
+def starting_factors(
+    covariances: Covariances,
+    block_size: tuple[int, int],
+    rank: int,
+    *,
+    output_weights: Tensor | None = None,
+    ridge: float = 1e-4,
+) -> Factors:
+    """Where `fit_factors` starts without a `start`; its first r terms are where it starts at rank r."""
+    _check(covariances, block_size, rank, output_weights, None, None)
+    return _start(_quadratic(covariances, block_size, output_weights, ridge), rank, None)
 
 
 def output_error(covariances: Covariances, weight: Tensor | Factors, *, output_weights: Tensor | None = None) -> float:

@@ -59,7 +59,7 @@ def output_gradients(
     Raises:
         ValueError: The output holds no floating point tensor, or a gradient is not finite.
     """
-    generator = torch.Generator().manual_seed(0)
+    generators: dict[int, torch.Generator] = {}
     spreads: dict[int, _Spread] = {}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in names}
     examples = 0
@@ -74,7 +74,9 @@ def output_gradients(
             found = [each[:, 0] if each.ndim == 3 else each for each in found]
         for index, feature in enumerate(found):
             spreads.setdefault(index, _Spread()).add(feature)
-        for index, name, gradient in _gradients(outputs, found, generator):
+            generators.setdefault(index, torch.Generator().manual_seed(index))
+        signs = [_random_signs(feature, generators[index]) for index, feature in enumerate(found)]
+        for index, name, gradient in _gradients(outputs, found, signs):
             sums[name].setdefault(index, _Sums(name)).add(gradient, batch)
         examples += example_count(batch)
     variances = {index: spread.total / examples for index, spread in spreads.items()}
@@ -125,13 +127,12 @@ def _features(model: nn.Module, batch: Batch, module: nn.Module) -> list[Tensor]
 
 
 def _gradients(
-    outputs: dict[str, list[Tensor]], features: Sequence[Tensor], generator: torch.Generator
+    outputs: dict[str, list[Tensor]], features: Sequence[Tensor], signs: Sequence[Tensor]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """Of random sums of each feature, by the outputs on which none before it depends: number, linear, gradient."""
     pending = set(outputs)
-    for index, feature in enumerate(features):
+    for index, (feature, along) in enumerate(zip(features, signs, strict=True)):
         calls = [(name, output) for name, own in outputs.items() if name in pending for output in own]
-        along = torch.randn(feature.shape, generator=generator).to(feature)
         if not calls or not feature.requires_grad:
             continue
         found = torch.autograd.grad(
@@ -141,6 +142,12 @@ def _gradients(
             if gradient is not None and bool(gradient.any()):
                 pending.discard(name)
                 yield index, name, gradient
+
+
+def _random_signs(feature: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1 for each number; those of an example do not depend on how examples are batched."""
+    drawn = [torch.randint(2, feature.shape[1:], generator=generator) for _ in range(len(feature))]
+    return (torch.stack(drawn) * 2 - 1).to(feature)
 
 
 class _Spread:

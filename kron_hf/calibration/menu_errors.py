@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.allocation import LayerChoices
 from kron_hf.calibration.dense_walk import Inputs
-from kron_hf.calibration.fit import fit_factors, output_error
-from kron_hf.calibration.low_rank import LowRankPath, low_rank_path
+from kron_hf.calibration.fit import fit_factors, output_error, starting_factors
+from kron_hf.calibration.low_rank import low_rank_path
 from kron_hf.calibration.menu import Option, is_low_rank
 from kron_hf.calibration.moments import Covariances
 from kron_hf.calibration.sequential import fitted_to
@@ -68,19 +69,22 @@ class _Fits:
     def _is_low_rank(self, block_size: tuple[int, int]) -> bool:
         return is_low_rank(block_size, self.linear.out_features, self.linear.in_features)
 
-    @cached_property
-    def _path(self) -> LowRankPath:
-        return low_rank_path(self.fitting, output_weights=self.weights, ridge=self.ridge)
-
     def _low_rank_errors(self) -> dict[int, float]:
-        return dict(enumerate(self._path.errors(self.held_out).tolist(), start=1))
+        path = low_rank_path(self.fitting, output_weights=self.weights, ridge=self.ridge)
+        return dict(enumerate(path.errors(self.held_out).tolist(), start=1))
 
     def _errors(self, block_size: tuple[int, int], ranks: Sequence[int]) -> dict[int, float]:
         """Errors at all these ranks; between powers of two they are interpolated, logarithm over logarithm."""
         fitted = sorted({rank for rank in ranks if rank & (rank - 1) == 0} | {min(ranks), max(ranks)})
-        known = [
-            output_error(self.held_out, self._factors(block_size, rank), output_weights=self.weights) for rank in fitted
-        ]
+        options: dict[str, Any] = {"output_weights": self._product_weights(block_size[0]), "ridge": self.ridge}
+        start = starting_factors(self.fitting, block_size, fitted[-1], **options)
+        fits = (
+            fit_factors(
+                self.fitting, block_size, rank, start=(start[0][:rank], start[1][:rank]), sweeps=SWEEPS, **options
+            )
+            for rank in fitted
+        )
+        known = [output_error(self.held_out, factors, output_weights=self.weights) for factors in fits]
         result = dict(zip(fitted, known, strict=True))
         for rank in set(ranks) - set(fitted):
             above = next(index for index, other in enumerate(fitted) if other > rank)
@@ -89,7 +93,9 @@ class _Fits:
             result[rank] = max(first, TINY) ** (1 - share) * max(last, TINY) ** share
         return result
 
-    def _factors(self, block_size: tuple[int, int], rank: int) -> tuple[Tensor, Tensor]:
-        if self._is_low_rank(block_size):
-            return self._path.factors(rank, block_size)
-        return fit_factors(self.fitting, block_size, rank, output_weights=self.weights, ridge=self.ridge, sweeps=SWEEPS)
+    def _product_weights(self, block_out: int) -> Tensor | None:
+        """The product `e_j f_k` nearest to the output weights: with it one system serves all rows of blocks."""
+        if self.weights is None:
+            return None
+        by_row = self.weights.view(-1, block_out)
+        return torch.outer(by_row.sum(1), by_row.sum(0)).flatten() / by_row.sum()

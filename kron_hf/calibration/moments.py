@@ -201,16 +201,19 @@ class Moments:
 
 
 def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the rows `sqrt(w) * (x - mean)`, in float32 where that is precise enough."""
+    """The mean and the rows `sqrt(w) * (x - mean)`, in float32 where that is precise enough.
+
+    What float32 rounds off `x - x_first` is small beside that difference, and smaller than what x was rounded by.
+    """
     narrow = values.device.type == "cpu" and values.dtype != torch.float64
     precision: str = torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
     narrow = narrow and precision not in {"bf16", "tf32"}
-    narrow = narrow and bool((values.abs() < 1e15).all())  # their squares fit into float32
+    narrow = narrow and bool((values.abs().amax(0) < 1e15).all())  # their squares fit into float32
     first = values[:1].double()
-    values = values.double() - first  # exact for a constant column: its variance is exactly zero
-    mean = (weights @ values)[None] / weights.sum()
-    values = (values - mean) * weights.sqrt()[:, None]
-    return (first + mean)[0], values.float() if narrow else values
+    values = values.float() - first.float() if narrow else values.double() - first  # a constant column: exactly zero
+    mean = (weights.to(values) @ values).double()[None] / weights.sum()
+    values = (values - mean.to(values)) * weights.sqrt().to(values)[:, None]
+    return (first + mean)[0], values
 
 
 def _check_finite(name: str, value: Tensor) -> None:

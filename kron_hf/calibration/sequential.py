@@ -188,11 +188,12 @@ class _Walk:
             watched(self.model, stream, _keep(kept, "converted")),
         ):
             run(self.model, batch)
-        lacking = kept["dense"].double() - kept["converted"].double()
+        dtype = torch.promote_types(kept["y"].dtype, torch.float32)
+        lacking = kept["dense"].to(dtype) - kept["converted"].to(dtype)
         scale = stream.scale
         usable = scale.abs() > 1e-6 * scale.abs().max()
-        mended = lacking / torch.where(usable, scale, torch.inf)
-        return kept["x"], [kept["y"].double() + mended]
+        mended = lacking / torch.where(usable, scale, torch.inf).to(dtype)
+        return kept["x"], [kept["y"].to(dtype) + mended]
 
 
 def _moments_of(linears: Mapping[str, nn.Linear]) -> Moments:

@@ -6,14 +6,14 @@ those ahead of it something of the same shape, which nobody looks at (`begins_an
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kron_hf.calibration.batches import Batch, Batches
+from kron_hf.calibration.batches import Batch
 from kron_hf.calibration.passes import Finish, hooked, run, skipped, swapped
 from kron_hf.calibration.route import Route
 
@@ -32,7 +32,9 @@ class Side:
         keeps: Whether outputs of finished blocks are kept. Without them every pass begins with the inputs.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module], keeps: bool) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Module], keeps: bool
+    ) -> None:
         self.model, self.batches, self.layers = model, batches, layers
         self.keeps = keeps
         self._finished: list[dict[str, Any]] = []  # of each batch, what the finished blocks give back
