@@ -11,7 +11,7 @@ from kron_hf.calibration.batches import Batches
 from kron_hf.calibration.passes import hooked, run, skipped, swapped
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.route import find_route
-from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.sides import Beginning, Side, beginning
 from kron_hf.calibration.streams import find_streams
 from kron_hf.targets import find_targets
 
@@ -30,7 +30,7 @@ def test_layers_are_visited_in_order_and_those_with_one_input_together(name):
     model, batches, route = setting(name)
     assert route.in_turn
     assert [len(stage) for stage in route.blocks[0].stages] == [3, 1, 1, 1]
-    assert begins_anywhere(model, route, next(iter(batches)))
+    assert beginning(model, route, next(iter(batches))).anywhere
     if name == "Swin":  # downsampling stands between the stages
         assert [block.name for block in route.blocks] == [
             *("swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1", "swin.encoder.layers.1.blocks.0"),
@@ -88,17 +88,40 @@ def test_what_the_head_reads_is_found(name, expected):
 def test_a_pass_that_begins_in_the_middle_gives_the_same_bits(name):
     model, batches, route = setting(name)
     wanted = [run(model, batch) for batch in batches]
-    side = Side(model, batches, {}, keeps=True)
+    begin = beginning(model, route, next(iter(batches)))
+    # Swin's embeddings give the size of the image, too, which is no tensor.
+    assert [ahead.split(".")[-1] for ahead in begin.ahead] == ([] if name == "Swin" else ["embeddings"])
+    side = Side(model, batches, {}, begin)
     for block in route.blocks:
         side.finish(block.name)
         calls = []
         first = model.get_submodule(route.blocks[0].stages[0][0])
+        inside = [first, *(child for name in begin.ahead for child in model.get_submodule(name).children())]
         for index, batch in enumerate(batches):
-            with side.at(index), hooked(before={first: calls.append}):
+            with side.at(index), hooked(before=dict.fromkeys(inside, calls.append)):
                 output = run(model, batch)
             assert torch.equal(output[0], wanted[index][0])
         assert not calls
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_embeddings_that_later_blocks_read_are_computed_in_every_pass():
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.turn = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x):
+            y, turn = self.embed(x), self.turn(x)
+            for block in self.blocks:
+                y = block(y * turn)
+            return y
+
+    torch.manual_seed(0)
+    model, batch = Rotary(), {"": torch.randn(5, 4)}
+    route = find_route(model, [f"blocks.{number}.0" for number in range(3)], batch)
+    assert beginning(model, route, batch) == Beginning(anywhere=True)
 
 
 def test_passes_begin_with_the_inputs_where_a_later_part_reads_an_earlier_block():
@@ -115,7 +138,7 @@ def test_passes_begin_with_the_inputs_where_a_later_part_reads_an_earlier_block(
     model, batch = Unet(), {"": torch.randn(5, 4)}
     route = find_route(model, [f"blocks.{i}.0" for i in range(3)], batch)
     assert route.in_turn
-    assert not begins_anywhere(model, route, batch)
+    assert not beginning(model, route, batch).anywhere
 
 
 class Decoding(nn.Module):
@@ -167,7 +190,7 @@ def test_passes_begin_with_the_inputs_where_a_decoder_reads_the_encoder(build):
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     route = find_route(model, names, batch)
     assert route.in_turn
-    assert not begins_anywhere(model, route, batch)
+    assert not beginning(model, route, batch).anywhere
 
 
 class Twice(nn.Module):
@@ -191,7 +214,7 @@ def test_a_layer_that_is_called_twice_is_not_in_turn_and_stands_alone():
 def test_outputs_beyond_the_memory_are_given_up_and_passes_begin_with_the_inputs(monkeypatch):
     model, batches, route = setting("ViT")
     wanted = run(model, next(iter(batches))).logits
-    side = Side(model, batches, {}, keeps=True)
+    side = Side(model, batches, {}, Beginning(anywhere=True))
     side.finish(route.blocks[0].name)
     monkeypatch.setattr("kron_hf.calibration.sides.MEMORY", 30_000)
     with pytest.warns(UserWarning, match="every pass begins with the inputs"):

@@ -78,8 +78,16 @@ def least_squares(x, t, weights=None):
     return solution[:-1].T, solution[-1]
 
 
-@pytest.mark.parametrize("keeps", [True, False], ids=["from the last block", "from the inputs"])
-def test_each_layer_solves_the_problem_that_the_layers_before_leave_it(keeps):
+@pytest.mark.parametrize(
+    ("keeps", "memory"),
+    [
+        pytest.param(True, 2**31, id="from the last block"),
+        pytest.param(True, 160 * 17 * 32 * 4, id="a pass for each stage"),
+        pytest.param(False, 2**31, id="from the inputs"),
+    ],
+)
+def test_each_layer_solves_the_problem_that_the_layers_before_leave_it(monkeypatch, keeps, memory):
+    monkeypatch.setattr("kron_hf.calibration.dense_targets.MEMORY", memory)
     model, data = tiny.dinov2().double(), [{"pixel_values": tiny.pixels(160).double()[i::2]} for i in range(2)]
     # Narrow q, k, v and fc1 do damage; o and fc2 of full rank have a solution that can be computed directly.
     ranks = {"q_proj": 2, "k_proj": 2, "v_proj": 4, "fc1": 8, "o_proj": 32, "fc2": 32}
@@ -104,6 +112,22 @@ def test_each_layer_solves_the_problem_that_the_layers_before_leave_it(keeps):
             solution = nn.functional.linear(x[name], weight, bias)
             assert (target - solution).square().mean() < (target - y[name]).square().mean()
             torch.testing.assert_close(layers[name](x[name]), solution, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [2**31, 0], ids=["collected", "a pass for each stage"])
+def test_a_block_of_the_dense_model_is_run_once_if_its_outputs_fit_into_memory(monkeypatch, memory):
+    monkeypatch.setattr("kron_hf.calibration.dense_targets.MEMORY", memory)
+    model, data = tiny.vit(), tiny.image_batches()
+    calls = []
+    model.vit.layers[0].mlp.fc1.register_forward_hook(lambda *args: calls.append(args))
+    few = 2 * len(data)  # converted: for the targets of fc2, and to the end of the block
+    converted(model, data, {})
+    probing, calls[:] = len(calls), []
+    assert probing > few
+    monkeypatch.setattr("kron_hf.calibration.dense_targets.MEMORY", 2**31 - memory)
+    converted(model, data, {})
+    # Otherwise the dense model, too, has passes for fc1, for fc2 and to the end of the block.
+    assert abs(len(calls) - probing) == 2 * len(data)
 
 
 def test_without_streams_the_targets_are_the_outputs_of_the_dense_model():

@@ -10,7 +10,7 @@ from kron_hf.calibration.batches import Batch, example_count, few_examples
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.calibration.passes import Finish, hooked, run
 from kron_hf.calibration.route import Block, Route
-from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.sides import Side, beginning
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
 from kron_hf.evaluation_mode import evaluation
 
@@ -55,7 +55,7 @@ def walk_dense(
         ValueError: Activations are not finite.
     """
     with evaluation(model):
-        side = Side(model, batches, {}, begins_anywhere(model, route, few_examples(next(iter(batches)))))
+        side = Side(model, batches, {}, beginning(model, route, few_examples(next(iter(batches)))))
     for block in route.blocks:
         with evaluation(model):
             moments = _collect(model, side, block, route.repeated, held_out, token_weights or {})

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf.calibration.batches import Batch, Batches, few_examples
+from kron_hf.calibration.dense_targets import DenseTargets, keeping
 from kron_hf.calibration.moments import Covariances, Moments
-from kron_hf.calibration.passes import Finish, hooked, run
+from kron_hf.calibration.passes import hooked, run
 from kron_hf.calibration.route import Block, Route
-from kron_hf.calibration.sides import Side, begins_anywhere
+from kron_hf.calibration.sides import Side, beginning
 from kron_hf.calibration.streams import Stream, watched
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
 from kron_hf.evaluation_mode import evaluation
@@ -88,8 +89,10 @@ def calibrate_in_order(
     """
     walk = _Walk(model, route, batches, fitting, streams or {}, token_weights or {})
     with evaluation(model):
-        walk.start(begins_anywhere(model, route, few_examples(next(iter(batches)))))
+        walk.start(few_examples(next(iter(batches))))
     for block in route.blocks:
+        with evaluation(model):
+            walk.dense.enter(block)
         for stage in block.stages:
             with evaluation(model):
                 walk.fit(stage)
@@ -108,9 +111,10 @@ class _Walk:
     token_weights: Mapping[str, TokenWeights]
     layers: dict[str, nn.Module] = field(default_factory=dict)
 
-    def start(self, keeps: bool) -> None:
-        self.dense = Side(self.model, self.batches, {}, keeps)
-        self.converted = Side(self.model, self.batches, self.layers, keeps)
+    def start(self, few: Batch) -> None:
+        begin = beginning(self.model, self.route, few)
+        self.dense = DenseTargets(self.model, self.route, self.batches, self.streams, begin, few)
+        self.converted = Side(self.model, self.batches, self.layers, begin)
 
     def fit(self, stage: tuple[str, ...]) -> None:
         linears = {name: self._linear(name) for name in stage}
@@ -132,7 +136,7 @@ class _Walk:
                 self.layers[name] = layer
 
     def leave(self, block: Block) -> None:
-        self.dense.finish(block.name)
+        self.dense.leave(block)
         self.converted.finish(block.name)
 
     def _linear(self, name: str) -> nn.Linear:
@@ -155,41 +159,34 @@ class _Walk:
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
         linear = self._linear(name)
-        with self.dense.at(index), hooked(after={linear: lambda y: outputs.append(y.clone())}):
+        with self.dense.side.at(index), hooked(after={linear: lambda y: outputs.append(y.clone())}):
             run(self.model, batch)
         with self.converted.at(index), hooked(before={linear: lambda x: inputs.append(x.clone())}):
             run(self.model, batch)
         return zip(inputs, ([y] for y in outputs), strict=True)
 
     def _targets(self, index: int, batch: Batch, stage: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
-        outputs: dict[str, Tensor] = {}
-        with (
-            self.dense.at(index),
-            hooked(after={self._linear(name): _keep(outputs, name, stage[-1]) for name in stage}),
-        ):
-            run(self.model, batch)
-        return self._input(index, batch, stage[0]), [outputs[name] for name in stage]
+        return self._input(index, batch, stage[0]), self.dense.wanted(index, batch, stage)
 
     def _input(self, index: int, batch: Batch, name: str) -> Tensor:
         inputs: dict[str, Tensor] = {}
-        with self.converted.at(index), hooked(before={self._linear(name): _keep(inputs, name, name)}):
+        with self.converted.at(index), hooked(before={self._linear(name): keeping(inputs, name, name)}):
             run(self.model, batch)
         return inputs[name]
 
     def _stream_targets(self, index: int, batch: Batch, name: str, stream: Stream) -> tuple[Tensor, list[Tensor]]:
         """The linear's own output in the converted model, and what the stream lacks there, in the linear's units."""
+        (wanted,) = self.dense.wanted(index, batch, (name,))
         kept: dict[str, Tensor] = {}
-        with self.dense.at(index), watched(self.model, stream, _keep(kept, "dense")):
-            run(self.model, batch)
         linear = self._linear(name)
         with (
             self.converted.at(index),
-            hooked(before={linear: _keep(kept, "x")}, after={linear: _keep(kept, "y")}),
-            watched(self.model, stream, _keep(kept, "converted")),
+            hooked(before={linear: keeping(kept, "x")}, after={linear: keeping(kept, "y")}),
+            watched(self.model, stream, keeping(kept, "converted", "converted")),
         ):
             run(self.model, batch)
         dtype = torch.promote_types(kept["y"].dtype, torch.float32)
-        lacking = kept["dense"].to(dtype) - kept["converted"].to(dtype)
+        lacking = wanted.to(dtype) - kept["converted"].to(dtype)
         scale = stream.scale
         usable = scale.abs() > 1e-6 * scale.abs().max()
         mended = lacking / torch.where(usable, scale, torch.inf).to(dtype)
@@ -201,12 +198,3 @@ def _moments_of(linears: Mapping[str, nn.Linear]) -> Moments:
     return Moments(
         first.in_features, sum(linear.out_features for linear in linears.values()), device=first.weight.device
     )
-
-
-def _keep(into: dict[str, Tensor], name: str, last: str = "") -> Callable[[Tensor], None]:
-    def see(value: Tensor) -> None:
-        into[name] = value.clone()  # it may be changed in place later
-        if name == last:
-            raise Finish
-
-    return see

@@ -2,12 +2,14 @@
 
 Both are the same module tree: for a pass through the converted model its new layers take the places of the linears.
 A pass need not compute the blocks that are finished: the last of them gives back the output that it gave before, and
-those ahead of it something of the same shape, which nobody looks at (`begins_anywhere` makes sure of that).
+those ahead of it, and what comes before all blocks (embeddings), something of the same shape, which nobody looks at
+(`beginning` makes sure of that).
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +19,22 @@ from kron_hf.calibration.batches import Batch
 from kron_hf.calibration.passes import Finish, hooked, run, skipped, swapped
 from kron_hf.calibration.route import Route
 
-__all__ = ["Side", "begins_anywhere"]
+__all__ = ["Beginning", "Side", "beginning"]
 
 MEMORY = 2**32  # bytes that the kept outputs of one side may take
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where passes may begin.
+
+    Attributes:
+        anywhere: Whether at the end of any block; else with the inputs.
+        ahead: Modules before all blocks whose outputs no block but the first needs.
+    """
+
+    anywhere: bool
+    ahead: tuple[str, ...] = ()
 
 
 class Side:
@@ -29,14 +44,14 @@ class Side:
         model: The module tree.
         batches: The data.
         layers: What takes the place of linears by name; may grow.
-        keeps: Whether outputs of finished blocks are kept. Without them every pass begins with the inputs.
+        begin: Where passes may begin; if anywhere, outputs of finished blocks are kept.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Module], keeps: bool
+        self, model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Module], begin: Beginning
     ) -> None:
         self.model, self.batches, self.layers = model, batches, layers
-        self.keeps = keeps
+        self.keeps, self._ahead = begin.anywhere, begin.ahead
         self._finished: list[dict[str, Any]] = []  # of each batch, what the finished blocks give back
         self._last: str | None = None
 
@@ -49,17 +64,18 @@ class Side:
         with swapped(self.model, self.layers), skipped(self.model, outputs):
             yield
 
-    def finish(self, block: str) -> None:
-        """Runs all batches to the end of a block and keeps what it gives."""
+    def finish(self, block: str, watching: Callable[[int], AbstractContextManager[None]] | None = None) -> None:
+        """Runs all batches to the end of a block and keeps what it gives; `watching` is around the pass of a batch."""
         if not self.keeps:
             return
         kept = 0
         for index, batch in enumerate(self.batches):
-            output = self._output(block, index, batch)
+            with nullcontext() if watching is None else watching(index):
+                output, ahead = self._output(block, index, batch)
             if index == 0 and not _is_plain(output):
                 self.keeps = False
                 return
-            before = self._finished[index] if index < len(self._finished) else {}
+            before = self._finished[index] if index < len(self._finished) else ahead
             if self._last is not None:
                 before = {**before, self._last: _map(before[self._last], _shape_alone)}
             kept += _size(output)
@@ -70,16 +86,23 @@ class Side:
                 return
         self._last = block
 
-    def _output(self, block: str, index: int, batch: Batch) -> Any:
+    def _output(self, block: str, index: int, batch: Batch) -> tuple[Any, dict[str, Any]]:
+        """What a block gives, and the shapes of what comes before all blocks."""
         found: list[Any] = []
+        ahead: dict[str, Any] = {}
 
         def see(output: Any) -> None:
             found.append(output)
             raise Finish
 
-        with self.at(index), hooked(after={self.model.get_submodule(block): see}):
+        def note(name: str) -> Callable[[Any], None]:
+            return lambda output: ahead.update({name: _map(output, _shape_alone)})
+
+        names = self._ahead if self._last is None else ()
+        after = {self.model.get_submodule(name): note(name) for name in names}
+        with self.at(index), hooked(after={**after, self.model.get_submodule(block): see}):
             run(self.model, batch)
-        return found[0]
+        return found[0], ahead
 
     def _back(self, kept: Tensor) -> Tensor:
         # A copy: what follows may change it in place.
@@ -95,10 +118,11 @@ class Side:
         self._finished.clear()
 
 
-def begins_anywhere(model: nn.Module, route: Route, batch: Batch) -> bool:
-    """Whether a pass that begins after any block gives every later layer the input of a whole pass, to the bit.
+def beginning(model: nn.Module, route: Route, batch: Batch) -> Beginning:
+    """Where a pass may begin so that every later layer gets the input of a whole pass, to the bit.
 
-    It does not where a layer further on reads the output of an earlier block, as the decoder does of the encoder.
+    Not at the end of a block where a layer further on reads the output of an earlier one, as the decoder does of the
+    encoder; with the embeddings where layers further on read those, too.
 
     Args:
         model: The model, in evaluation mode.
@@ -106,7 +130,36 @@ def begins_anywhere(model: nn.Module, route: Route, batch: Batch) -> bool:
         batch: A few examples are enough.
     """
     if not route.in_turn:
-        return False
+        return Beginning(anywhere=False)
+    ahead = _outputs_ahead(model, route, batch)
+    if ahead and _begins_anywhere(model, route, batch, ahead):
+        return Beginning(anywhere=True, ahead=tuple(ahead))
+    return Beginning(anywhere=_begins_anywhere(model, route, batch, {}))
+
+
+def _outputs_ahead(model: nn.Module, route: Route, batch: Batch) -> dict[str, Any]:
+    """The outputs, in shape, of the outermost modules that are done before the first block begins."""
+    outputs: dict[str, Any] = {}
+
+    def note(name: str) -> Callable[[Any], None]:
+        return lambda output: outputs.update({name: _map(output, _shape_alone) if _is_plain(output) else ...})
+
+    def stop(x: Tensor) -> None:
+        raise Finish
+
+    after = {module: note(name) for name, module in model.named_modules() if name}
+    with hooked(before={model.get_submodule(route.blocks[0].name): stop}, after=after):
+        run(model, batch)
+    outermost = {name: output for name, output in outputs.items() if not _inside(name, outputs)}
+    return {name: output for name, output in outermost.items() if output is not ...}
+
+
+def _inside(name: str, others: Collection[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in others for length in range(1, len(parts)))
+
+
+def _begins_anywhere(model: nn.Module, route: Route, batch: Batch, ahead: dict[str, Any]) -> bool:
     linears = {stage[0]: model.get_submodule(stage[0]) for block in route.blocks for stage in block.stages}
     blocks = {block.name: model.get_submodule(block.name) for block in route.blocks}
     inputs: dict[str, Any] = {}
@@ -116,15 +169,15 @@ def begins_anywhere(model: nn.Module, route: Route, batch: Batch) -> bool:
         run(model, batch)
     if outputs.keys() != blocks.keys() or not all(map(_is_plain, outputs.values())):
         return False  # such as a ModuleList, which is not called
-    done: dict[str, Any] = {}
+    done = dict(ahead)
     for index, block in enumerate(route.blocks[:-1]):
         done = {name: _map(output, _shape_alone) for name, output in done.items()} | {block.name: outputs[block.name]}
-        ahead = [stage[0] for later in route.blocks[index + 1 :] for stage in later.stages]
+        later = [stage[0] for other in route.blocks[index + 1 :] for stage in other.stages]
         same: dict[str, bool] = {}
-        checks = {linears[name]: _comparing(same, name, inputs[name]) for name in ahead}
+        checks = {linears[name]: _comparing(same, name, inputs[name]) for name in later}
         with skipped(model, done | {block.name: _map(outputs[block.name], Tensor.clone)}), hooked(before=checks):
             run(model, batch)
-        if not all(same.get(name, False) for name in ahead):
+        if not all(same.get(name, False) for name in later):
             return False
     return True
 

@@ -41,21 +41,19 @@ class Stream:
 
 @contextmanager
 def watched(model: nn.Module, stream: Stream, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Shows the stream of a pass to `see`, and ends the pass there."""
+    """Shows the stream of a pass to `see`, which may end the pass there."""
     calls = 0
 
     def output(value: Any) -> None:
         found = first_tensor(value)
         assert found is not None
         see(found)
-        raise Finish
 
     def input_(x: Tensor) -> None:
         nonlocal calls
         calls += 1
         if calls == (stream.call or 0) + 1:
             see(x)
-            raise Finish
 
     module = model.get_submodule(stream.module)
     with hooked(after={module: output}) if stream.call is None else hooked(before={module: input_}):
