@@ -76,10 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="facebook/dinov2-small", help="id or directory of a DINOv2 backbone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of results, a JSON object a line")
+    parser.add_argument("--part", default="1/1", help="as 2/3: the second third alone, beside other processes")
     parser.add_argument("--list", action="store_true", help="show what is missing")
     options = parser.parse_args()
     done = {_key(json.loads(line)) for line in options.output.open()} if options.output.exists() else set()
-    missing = [conversion for conversion in PLAN if _key(asdict(conversion)) not in done]
+    part, parts = map(int, options.part.split("/"))
+    missing = [each for each in PLAN[part - 1 :: parts] if _key(asdict(each)) not in done]
     if options.list:
         sys.stdout.writelines(f"{conversion}\n" for conversion in missing)
         return
