@@ -19,7 +19,9 @@ class CalibrationConfig:
     """How layers are fitted to calibration data, and what is offered when a budget chooses their shapes.
 
     Args:
-        readout: Which tokens count: `"cls"` weights the first one, `"all"` none. None: `"cls"` where the head reads it.
+        readout: Which tokens the features are read at. `"cls"`: the first one, and the others count in each fit by how
+            much its features depend on them, from gradients. `"all"`: all count alike. None: `"cls"` where the head
+            reads that token alone.
         ridge: Added to the diagonal of the inputs' covariance in a fit, times its mean; at least 0.
         sweeps: Sweeps of the alternating least squares over A and B; low rank needs none.
         held_out: Share of the calibration examples, in [0, 1), by which a budget's options are compared, when each has

@@ -79,10 +79,11 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
     outputs of the dense model for the inputs that it gets in the model converted so far. Projections that write the
     residual stream are fitted to mend what the stream lacks there, with the LayerScale that follows them. With a budget
     in the config (`target_params`, `target_flops`, `max_error`) block size and rank of each layer are chosen first, by
-    how well each option fits on examples held out and by how much the model's features suffer from an error there.
+    how well each option fits on examples held out and by how much the model's features depend on the layer.
 
     Memory is taken for the second moments of one block at a time, and for the outputs of one block on all data (up to
-    4 GiB for each of the two models). Nothing is random but what the data draws, and that is the same in every pass.
+    4 GiB for each of the two models, and 2 GiB for what its linears shall give). Nothing is random but what the data
+    draws, and that is the same in every pass.
 
     Args:
         model: The trained model, on any device.
