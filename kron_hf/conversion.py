@@ -201,11 +201,13 @@ def check_conversion(model: nn.Module, config: KronConfig) -> list[Target]:
     Raises:
         ValueError: The budget cannot be met, or what `get_kron_model` refuses.
     """
+    _check_model(model)
     _check_config(config)
     targets = find_targets(model, config, compare_cost=config.budget is None)
     _check_targets(targets)
     if config.budget is not None:
         menus = {target.name: _menu(target.linear, config) for target in targets}
+        _check_menus(targets, menus, config)
         _allocate([LayerChoices(name, menu, [0.0] * len(menu)) for name, menu in menus.items()], config)
     return targets
 
@@ -238,6 +240,11 @@ def _allocate(layers: list[LayerChoices], config: KronConfig) -> dict[str, Optio
     )
 
 
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("calibration needs the model itself, not its DataParallel wrapper: pass model.module")
+
+
 def _check_config(config: KronConfig) -> None:
     if config.init_weights not in (None, "calibrated"):
         raise ValueError(
@@ -251,6 +258,16 @@ def _check_config(config: KronConfig) -> None:
         raise ValueError(
             f"target_sparsity goes with one block_size and a rank above what is needed, not with {config.budget}: "
             "what it prunes would not be counted"
+        )
+
+
+def _check_menus(targets: Sequence[Target], menus: Mapping[str, list[Option]], config: KronConfig) -> None:
+    """Raises if no layer could become anything but dense."""
+    if all(option.is_dense for menu in menus.values() for option in menu):
+        sizes = sorted({(target.linear.out_features, target.linear.in_features) for target in targets})
+        raise ValueError(
+            f"no shape of menu_shapes={_options(config).menu_shapes} divides a layer and has fewer parameters than it; "
+            f"the layers are {', '.join(map(str, sizes[:5]))} (out, in)"
         )
 
 

@@ -214,6 +214,12 @@ def test_a_layer_whose_outputs_never_change_is_fitted_by_its_bias():
         pytest.param(UNIFORM, [], "calibration_data is empty", id="no data"),
         pytest.param({"target_params": 1e-4}, None, "target_params=0.0001 is below the smallest", id="budget"),
         pytest.param({"target_params": 1.0}, None, "leaves every layer dense", id="all dense"),
+        pytest.param(
+            {"target_params": 0.5, "calibration_config": {"menu_shapes": [(5, 7)]}},
+            None,
+            r"no shape of menu_shapes=\[\(5, 7\)\] divides a layer.*\(32, 32\), \(32, 64\), \(64, 32\)",
+            id="menu",
+        ),
         pytest.param({"init_weights": "random"}, None, "init_weights='random'.*calibration_data", id="random"),
         pytest.param({"block_size": 5, "target_modules": ["fc1"]}, None, r"\(5, 5\) does not divide", id="block"),
     ],
@@ -223,6 +229,11 @@ def test_bad_input_is_refused_and_the_model_stays(config, data, message):
     with pytest.raises(ValueError, match=message):
         get_kron_model(model, KronConfig(**config), calibration_data=tiny.image_batches() if data is None else data)
     assert not any(isinstance(module, KronLinear) for module in model.modules())
+
+
+def test_the_wrapper_of_data_parallel_is_refused():
+    with pytest.raises(ValueError, match=r"not its DataParallel wrapper: pass model\.module"):
+        calibrate(nn.DataParallel(tiny.vit()), KronConfig(**UNIFORM), tiny.image_batches())
 
 
 def test_calibrated_without_data_says_how_to_pass_it():

@@ -40,22 +40,27 @@ def test_table():
     assert str(RESULT) == RESULT.table(by_kind=False)
     lines = str(RESULT).splitlines()
     assert [" ".join(line.split()) for line in lines if not line.startswith("-")] == [
-        "layer shape rank params of dense FLOPs of dense error held out sensitivity",
-        f"encoder.0.fc1 low rank 2 {56 / 136:.4f} 0.3750 0.250 0.500 3",
-        f"encoder.0.fc2 4 x 8 3 {116 / 136:.4f} {480 / 256:.4f} 0.125 0.250 0.25",
-        "encoder.1.fc1 dense 1.0000 1.0000 0.000 0.000 7",
-        f"encoder.1.fc2 low rank 1 {32 / 136:.4f} 0.1875 0.500 0.750 1e-05",
+        "layer shape rank params of dense FLOPs of dense error held out sensitivity zero blocks",
+        f"encoder.0.fc1 low rank 2 {56 / 136:.4f} 0.3750 0.250 0.500 3 0.000",
+        f"encoder.0.fc2 4 x 8 3 {116 / 136:.4f} {480 / 256:.4f} 0.125 0.250 0.25 0.000",
+        "encoder.1.fc1 dense 1.0000 1.0000 0.000 0.000 7 0.000",
+        f"encoder.1.fc2 low rank 1 {32 / 136:.4f} 0.1875 0.500 0.750 1e-05 0.500",
         f"3 of 4 layers converted {340 / 544:.4f} {880 / 1024:.4f} 0.125 to 0.500 0.250 to 0.750",
     ]
     assert len({len(line) for line in lines if line.startswith("-")}) == 1
 
 
+def test_a_table_without_zero_blocks_has_no_column_for_them():
+    assert "zero blocks" not in str(CalibrationResult(layers=RESULT.layers[:3]))
+
+
 def test_layers_of_a_kind_share_a_row():
     lines = [" ".join(line.split()) for line in RESULT.table(by_kind=True).splitlines()]
     assert lines[2:4] == [
-        f"encoder.*.fc1 (2) 1 dense, 1 low rank 2 {192 / 272:.4f} {352 / 512:.4f} 0.000 to 0.250 0.000 to 0.500 3 to 7",
+        f"encoder.*.fc1 (2) 1 dense, 1 low rank 2 {192 / 272:.4f} {352 / 512:.4f} 0.000 to 0.250 0.000 to 0.500 3 to 7 "
+        "0.000",
         f"encoder.*.fc2 (2) 1 4 x 8, 1 low rank 1 to 3 {148 / 272:.4f} {528 / 512:.4f} 0.125 to 0.500 0.250 to 0.750 "
-        "1e-05 to 0.25",
+        "1e-05 to 0.25 0.000 to 0.500",
     ]
 
 

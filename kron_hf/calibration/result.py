@@ -153,6 +153,9 @@ class CalibrationResult:
             kinds = dict.fromkeys(layer.kind for layer in self.layers)
             groups = [[layer for layer in self.layers if layer.kind == kind] for kind in kinds]
         rows = [HEADER, *(_row(group) for group in groups), _total_row(self)]
+        if any(layer.sparsity for layer in self.layers):
+            zeros = ["zero blocks", *(_span((layer.sparsity for layer in group), ".3f") for group in groups), ""]
+            rows = [(*row, share) for row, share in zip(rows, zeros, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         first, *lines, last = (_line(row, widths) for row in rows)
         rule = "-" * max(map(len, (first, *lines, last)))
