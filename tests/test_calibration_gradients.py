@@ -7,8 +7,10 @@ from torch import nn
 
 from kron_hf.calibration import gradients
 from kron_hf.calibration.batches import Batches, SpreadBatches, split_examples
-from kron_hf.calibration.gradients import output_gradients
+from kron_hf.calibration.gradients import OutputGradients, output_gradients
+from kron_hf.calibration.route import Block, Route
 from kron_hf.calibration.token_weights import first_token_weights, no_weights
+from kron_hf.conversion import _token_weights
 
 LAYERS = ("encoder.layer.0.attention.q_proj", "encoder.layer.1.attention.v_proj", "encoder.layer.1.mlp.fc2")
 
@@ -117,7 +119,7 @@ def test_what_has_no_features_or_no_finite_gradient_is_refused():
 
 
 def test_only_so_many_examples_are_read(monkeypatch):
-    monkeypatch.setattr(gradients, "EXAMPLES", 10)
+    monkeypatch.setattr(gradients, "EXAMPLES", 16)
     seen = []
     model = nn.Sequential(nn.Linear(4, 2))
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -179,3 +181,20 @@ def test_batches_are_spread_over_the_data(examples, wanted):
     spread = SpreadBatches(batches, examples)
     for _ in range(2):
         assert [int(batch[""][0, 0]) for batch in spread] == wanted
+
+
+def test_linears_with_the_same_input_share_the_sum_of_their_weights():
+    route = Route((Block("0", (("q", "k"), ("o",), ("dead",))),), in_turn=True)
+    ones = torch.ones(2)
+    each = {
+        "q": OutputGradients(ones, 8.0, 0.0),
+        "k": OutputGradients(ones, 1.0, 3.0),
+        "o": OutputGradients(ones, 5.0, 4.0),
+        "dead": OutputGradients(ones, None, None),
+    }
+    weights = _token_weights(route, each)
+    x = torch.zeros(1, 3, 2)
+    batch = {"pixel_values": x}
+    assert weights.keys() == {"q", "o"}
+    assert weights["q"](batch, x).tolist() == [9.0, 3.0, 3.0]
+    assert weights["o"](batch, x).tolist() == [5.0, 4.0, 4.0]
