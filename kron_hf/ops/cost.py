@@ -13,7 +13,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Factored", "Shape", "backward_path", "forward_path"]
+__all__ = [
+    "Factored",
+    "Shape",
+    "backward_cost",
+    "backward_path",
+    "factored_paths",
+    "forward_cost",
+    "forward_path",
+]
 
 
 class Shape(NamedTuple):
@@ -93,41 +101,67 @@ _MAX_CHUNK = 2048
 @lru_cache(maxsize=4096)
 def forward_path(shape: Shape) -> Factored | None:
     """The cheapest way to `x W^T`; None is to build W."""
-    path = min(_candidates(shape), key=lambda path: _forward_cost(shape, path))
+    path = min(_candidates(shape), key=lambda path: forward_cost(shape, path))
     if shape.device_type != "cpu":
-        return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
-    return path if _forward_cost(shape, path) < _MARGIN * _dense_cost(shape, _BUILD_COST, calls=3) else None
+        return path if forward_cost(shape, path) <= _dense_cost(shape) / 4 else None
+    return path if forward_cost(shape, path) < _MARGIN * forward_cost(shape, None) else None
 
 
 @lru_cache(maxsize=4096)
 def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
-    path = min(_candidates(shape), key=lambda path: _backward_cost(shape, path))
+    path = min(_candidates(shape), key=lambda path: backward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
-    weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
-    input_path = forward_path(shape.transposed)
-    if input_path is None:
-        grad_input = _dense_cost(shape, _BUILD_COST, calls=3)
-    else:
-        grad_input = _forward_cost(shape.transposed, input_path)
-    return path if _backward_cost(shape, path) < weight_gradient + grad_input else None
+    return path if backward_cost(shape, path) < backward_cost(shape, None) else None
+
+
+def forward_cost(shape: Shape, path: Factored | None) -> float:
+    """What a way to `x W^T` costs; `nn.Linear` costs `in * out`. On other devices than CPUs multiply-adds alone."""
+    if path is None:
+        return _dense_cost(shape, _BUILD_COST, calls=3)
+    products = sum(_multiply_adds(shape, path))
+    if shape.device_type != "cpu":
+        return products
+    rates, floats = _rates(shape, path), shape.in_features + shape.out_features
+    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
+
+
+def backward_cost(shape: Shape, path: Factored | None) -> float:
+    """What a way to all gradients costs; `nn.Linear` costs `2 * in * out`. See `forward_cost`."""
+    if path is None:
+        transposed = shape.transposed
+        weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
+        return weight_gradient + forward_cost(transposed, forward_path(transposed))
+    with_b, with_m = _multiply_adds(shape, path)
+    products = 3 * with_b + 2 * with_m
+    if shape.device_type != "cpu":
+        return products
+    rates, floats = _rates(shape, path), shape.in_features + shape.out_features
+    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+
+
+def factored_paths(shape: Shape) -> list[Factored]:
+    """Every way to compute from the factors, the bad ones too."""
+    orders = product(("token_major", "token_last"), ("b_first", "m_first"))
+    return [Factored(layout, order, _chunk(shape, layout, order)) for layout, order in orders]
 
 
 def _candidates(shape: Shape) -> list[Factored]:
-    if shape.device_type != "cpu":
-        # Not measured: large products rather than one a token, few launches, and only where the FLOPs leave room.
-        return [Factored("token_last", order, 8192) for order in ("b_first", "m_first")]
-    paths = []
-    for layout, order in product(("token_major", "token_last"), ("b_first", "m_first")):
-        inner = shape.block_out if order == "b_first" else shape.block_in
-        if layout == "token_last" or inner >= _TOKEN_MAJOR_MIN_BLOCK:
-            paths.append(Factored(layout, order, _chunk(shape, layout, order)))
-    return paths
+    if shape.device_type != "cpu":  # not measured: large products rather than one a token
+        return [path for path in factored_paths(shape) if path.layout == "token_last"]
+    inner = {"b_first": shape.block_out, "m_first": shape.block_in}
+    return [
+        path
+        for path in factored_paths(shape)
+        if path.layout == "token_last" or inner[path.order] >= _TOKEN_MAJOR_MIN_BLOCK
+    ]
 
 
 def _chunk(shape: Shape, layout: str, order: str) -> int:
     """Tokens a chunk, a power of two."""
+    if shape.device_type != "cpu":  # few launches
+        return 8192
     between = shape.in_blocks * shape.block_out if order == "b_first" else shape.out_blocks * shape.block_in
     floats = 2 * shape.rank * between + 1.5 * (shape.in_features + shape.out_features)
     return min(_MAX_CHUNK, 2 ** max(4, round(log2(_CHUNK_FLOATS[layout] / floats))))
@@ -148,17 +182,8 @@ def _dense_cost(shape: Shape, once_per_entry: int = 0, calls: int = 0) -> float:
     return shape.in_features * shape.out_features * (1 + once_per_entry / tokens) + calls * _CALL_COST / tokens
 
 
-def _forward_cost(shape: Shape, path: Factored) -> float:
-    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
-    products, floats = sum(_multiply_adds(shape, path)), shape.in_features + shape.out_features
-    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
-
-
-def _backward_cost(shape: Shape, path: Factored) -> float:
-    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
-    with_b, with_m = _multiply_adds(shape, path)
-    products, floats = 3 * with_b + 2 * with_m, shape.in_features + shape.out_features
-    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+def _rates(shape: Shape, path: Factored) -> _Rates:
+    return _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
 
 
 def _call_cost(shape: Shape, path: Factored, calls: int) -> float:

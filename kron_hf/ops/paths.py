@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kron_hf.factors import to_blocks
-from kron_hf.ops.cost import Factored, Shape, backward_path, forward_path
+from kron_hf.ops.backend import backward_path, forward_path
+from kron_hf.ops.cost import Factored, Shape
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["autocast_enabled", "backward", "forward"]
