@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 __all__ = [
+    "Dropped",
     "Factored",
     "Shape",
     "backward_cost",
@@ -21,6 +22,7 @@ __all__ = [
     "factored_paths",
     "forward_cost",
     "forward_path",
+    "worth_dropping",
 ]
 
 
@@ -89,6 +91,8 @@ _CPU_RATES_BY_DTYPE = {
 }
 _BUILD_COST = 30  # an entry of W: to build it
 _WEIGHT_GRADIENT_COST = 80  # an entry of W: to reduce its gradient to those of M_i and B_i
+_GATHER_COST = 25  # a float of the input, to gather it with other living blocks
+_FILL_COST = 9  # a float of the output, to fill it before what lives is written into it
 _CALL_COST = 15e6  # to wake the other threads for one call of torch: 0.15 ms, where OpenMP threads sleep in between
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
@@ -96,6 +100,13 @@ _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to
 # Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache.
 _CHUNK_FLOATS = {"token_major": 2**22, "token_last": 2**21}
 _MAX_CHUNK = 2048
+
+
+class Dropped(NamedTuple):
+    """Which dead block rows and columns of S a product leaves out."""
+
+    rows: bool
+    columns: bool
 
 
 @lru_cache(maxsize=4096)
@@ -139,6 +150,39 @@ def backward_cost(shape: Shape, path: Factored | None) -> float:
         return products
     rates, floats = _rates(shape, path), shape.in_features + shape.out_features
     return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+
+
+def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropped:
+    """Whether the product is cheaper without the block rows and columns of S that are all zero.
+
+    Inputs without the dead columns are gathered and outputs scattered between the dead rows, which costs traffic.
+    """
+    nothing = Dropped(rows=False, columns=False)
+    if shape.device_type != "cpu" or not living_rows:  # elsewhere the traffic has not been measured
+        return nothing
+    options = [
+        Dropped(rows, columns)
+        for rows in {False, living_rows < shape.out_blocks}
+        for columns in {False, living_columns < shape.in_blocks}
+    ]
+
+    def cost(dropped: Dropped) -> float:
+        smaller = shape._replace(
+            out_blocks=living_rows if dropped.rows else shape.out_blocks,
+            in_blocks=living_columns if dropped.columns else shape.in_blocks,
+        )
+        gathered = _GATHER_COST * smaller.in_features if dropped.columns else 0
+        scattered = _scatter_cost(shape.block_out) * smaller.out_features + _FILL_COST * shape.out_features
+        calls = (dropped.columns + 3 * dropped.rows) * _CALL_COST / max(1, shape.tokens)
+        product = forward_cost(smaller, forward_path(smaller))
+        return product + gathered + (scattered if dropped.rows else 0) + calls
+
+    best = min(options, key=cost)
+    return best if cost(best) < _MARGIN * cost(nothing) else nothing
+
+
+def _scatter_cost(block_out: int) -> float:
+    return 25 + 280 / block_out  # short runs are slow to write
 
 
 def factored_paths(shape: Shape) -> list[Factored]:
