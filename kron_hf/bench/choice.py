@@ -24,6 +24,7 @@ class Choice:
         chosen: Name of the way; of both ways, if the backward takes another one.
         ratio: Predicted cost over that of `nn.Linear`.
         reason: Why it is no faster than dense; None if it is.
+        of_what: What the costs are shares of: dense time, or on devices without measurements dense multiply-adds.
     """
 
     layer: ModelLayer
@@ -31,11 +32,12 @@ class Choice:
     chosen: str
     ratio: float
     reason: str | None
+    of_what: str = "dense"
 
     def __str__(self) -> str:
         costs = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.costs.items())
         outlook = "" if self.reason is None else f"; no speed-up expected here: {self.reason}"
-        return f"{self.layer}\n  {costs}\n  chosen: {self.chosen}, {self.ratio:.2f} of dense{outlook}"
+        return f"{self.layer}\n  {costs}\n  chosen: {self.chosen}, {self.ratio:.2f} of {self.of_what}{outlook}"
 
 
 def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: int, training: bool) -> Choice:
@@ -43,17 +45,21 @@ def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: i
     shape = layer.shape(device_type, dtype, tokens)
     dense = shape.in_features * shape.out_features * (3 if training else 1)
 
-    def ratio(forward: cost.Factored | None, backward: cost.Factored | None) -> float:
-        both = cost.forward_cost(shape, forward) + (cost.backward_cost(shape, backward) if training else 0)
-        return both / dense
+    def ratio(forward: float, backward: float) -> float:
+        return (forward + backward * training) / dense
 
-    costs = {path_name(path): ratio(path, path) for path in (None, *cost.factored_paths(shape))}
-    forward, backward = forward_path(shape), backward_path(shape)
+    ways = {path_name(path): path for path in (None, *cost.factored_paths(shape))}
+    costs = {
+        name: ratio(cost.forward_cost(shape, path), cost.backward_cost(shape, path, path))
+        for name, path in ways.items()
+    }
+    forward, backward, input_gradient = forward_path(shape), backward_path(shape), forward_path(shape.transposed)
     chosen = [path_name(forward), path_name(backward)] if training and forward != backward else [path_name(forward)]
-    chosen_ratio = ratio(forward, backward)
+    chosen_ratio = ratio(cost.forward_cost(shape, forward), cost.backward_cost(shape, backward, input_gradient))
     reason = None if chosen_ratio < SPEED_UP else _reason(layer, tokens)
     forced = "" if forced_backend() is None else " (KRON_HF_BACKEND)"
-    return Choice(layer, costs, " + ".join(chosen) + forced, chosen_ratio, reason)
+    of_what = "dense" if device_type == "cpu" else "dense multiply-adds"
+    return Choice(layer, costs, " + ".join(chosen) + forced, chosen_ratio, reason, of_what)
 
 
 def total_ratio(choices: list[Choice]) -> float:

@@ -124,7 +124,8 @@ def backward_path(shape: Shape) -> Factored | None:
     path = min(_candidates(shape), key=lambda path: backward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
-    return path if backward_cost(shape, path) < backward_cost(shape, None) else None
+    built = backward_cost(shape, None, forward_path(shape.transposed))
+    return path if backward_cost(shape, path) < built else None
 
 
 def forward_cost(shape: Shape, path: Factored | None) -> float:
@@ -138,12 +139,13 @@ def forward_cost(shape: Shape, path: Factored | None) -> float:
     return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
 
 
-def backward_cost(shape: Shape, path: Factored | None) -> float:
-    """What a way to all gradients costs; `nn.Linear` costs `2 * in * out`. See `forward_cost`."""
+def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | None = None) -> float:
+    """What a way to all gradients costs; `nn.Linear` costs `2 * in * out`. See `forward_cost`.
+
+    Where path is None, `input_path` is the way to the gradient of x, a product with W^T.
+    """
     if path is None:
-        transposed = shape.transposed
-        weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
-        return weight_gradient + forward_cost(transposed, forward_path(transposed))
+        return _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4) + forward_cost(shape.transposed, input_path)
     with_b, with_m = _multiply_adds(shape, path)
     products = 3 * with_b + 2 * with_m
     if shape.device_type != "cpu":
