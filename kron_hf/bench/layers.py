@@ -67,7 +67,8 @@ def model_layers(name: str, config: Any, conversion: Mapping[str, Any]) -> list[
         if conversion:
             given = ", ".join(f"--{option.replace('_', '-')}" for option in conversion)
             raise ValueError(f"{name} has Kronecker layers already: {given} only goes with a dense model")
-        wanted = KronConfig(modules=KronCheckpointConfig(**entry).modules)
+        stored: Any = KronCheckpointConfig(**entry)  # transformers' decorator types it as its own base class
+        wanted = KronConfig(modules=stored.modules)
     else:
         wanted = KronConfig(**conversion)
     strip_kron_config(config)
@@ -80,4 +81,4 @@ def model_layers(name: str, config: Any, conversion: Mapping[str, Any]) -> list[
         for size, terms in target.candidates or ((target.block_size, target.rank),):
             key = (linear.in_features, linear.out_features, size, terms, linear.bias is not None)
             found.setdefault(key, []).append(target.name)
-    return [ModelLayer(*key, tuple(names)) for key, names in found.items()]
+    return [ModelLayer(*key, names=tuple(names)) for key, names in found.items()]
