@@ -17,6 +17,7 @@ from kron_hf.config import KronConfig
 from kron_hf.conversion import Calibration, calibrate
 from kron_hf.distillation import DistillationConfig, DistillationLoss
 from kron_hf.hub import push_to_hub
+from kron_hf.inference import fold_for_inference
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
 from kron_hf.model_card import write_model_card
@@ -44,6 +45,7 @@ __all__ = [
     "block_summary",
     "calibrate",
     "copy_masks",
+    "fold_for_inference",
     "get_kron_model",
     "kron_param_groups",
     "kron_summary",

@@ -53,7 +53,55 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
     summary.set_defaults(command=_summary)
+    _add_bench(commands.add_parser("bench", help="how fast the layers of a model are, measured against nn.Linear"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    add = bench.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="a model, dense or with Kronecker layers; only its config is read",
+    )
+    add("--choose", action="store_true", help="measure nothing: print which way is chosen for each layer, and why")
+    add("--training", action="store_true", help="with --choose: for forward and backward, not for the forward alone")
+    add(
+        "--block-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="of a dense model, one number or two: out in (default: 16)",
+    )
+    add("--rank", type=int, metavar="R", help="of a dense model (default: 4)")
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="of a dense model, or all-linear (default: attention and MLP)",
+    )
+    add(
+        "--tokens",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="batch size times sequence length (default: %(default)s)",
+    )
+    add(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32", help="default: %(default)s"
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--repeats", type=_positive, default=9, metavar="N", help="runs of each layer, in turn (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(command=_bench)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -89,26 +137,40 @@ def _summary(options: argparse.Namespace) -> None:
     _write(json.dumps(summary.to_dict(), indent=2) if options.json else str(summary))
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from kron_hf.bench.run import BenchOptions, run_bench
+    from kron_hf.demo.quiet import quiet_transformers
+
+    sizes, names = options.block_size, options.target_modules
+    if sizes is not None and len(sizes) > 2:
+        raise ValueError(f"--block-size takes one number or two (out, in), got {sizes}")
+    if options.training and not options.choose:
+        raise ValueError("--training goes with --choose; what is measured is forward and backward anyway")
+    conversion = {
+        "block_size": sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes)),
+        "rank": options.rank,
+        "target_modules": "all-linear" if names == ["all-linear"] else names,
+    }
+    given = {name: value for name, value in conversion.items() if value is not None}
+    how = BenchOptions(
+        choose=options.choose,
+        training=options.training,
+        tokens=options.tokens,
+        dtype=options.dtype,
+        device=options.device,
+        repeats=options.repeats,
+        as_json=options.json,
+    )
+    with quiet_transformers():
+        run_bench(options.model, _read_config(options.model), given, how, _write)
+
+
 def _load(name: str) -> "PreTrainedModel":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
-    from huggingface_hub import constants
-
-    from kron_hf.checkpoint.reading import clean_errors, read_config
-    from kron_hf.escaping import one_line
+    from kron_hf.checkpoint.reading import clean_errors
     from kron_hf.model import model_class_for
 
-    # A local path must not become a question to the Hub.
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise NotADirectoryError(f"{name} is no directory")
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
-    try:
-        config: Any = read_config(name)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        reason = one_line(str(error)).replace(constants.HF_HUB_CACHE, "the cache")
-        raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
+    config = _read_config(name)
     method = getattr(config, "quantization_config", None)
     if not isinstance(method, dict) or method.get("quant_method") != "kron":
         raise ValueError(f"{name}: this model has no Kronecker layers (its config.json names none)")
@@ -116,6 +178,26 @@ def _load(name: str) -> "PreTrainedModel":
     with clean_errors(name):
         # Where a config names no dtype transformers would read it from the weights, before they are checked.
         return model_class.from_pretrained(name, dtype=config.dtype or "float32", use_safetensors=True)
+
+
+def _read_config(name: str) -> Any:
+    from huggingface_hub import constants
+
+    from kron_hf.checkpoint.reading import read_config
+    from kron_hf.escaping import one_line
+
+    # A local path must not become a question to the Hub.
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise NotADirectoryError(f"{name} is no directory")
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
+    try:
+        return read_config(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = one_line(str(error)).replace(constants.HF_HUB_CACHE, "the cache")
+        raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
 
 
 def _write(text: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kron_hf.factors import balanced_std, kron_weight, nearest_kronecker
 from kron_hf.ops import kron_linear
+from kron_hf.ops.folded import Folded, fold
 from kron_hf.sharding import gather, is_sharded, laid_out_as, local, shard_of
 
 __all__ = ["KronLinear", "resolve_block_size"]
@@ -66,6 +67,7 @@ class KronLinear(nn.Module):
             `layer.weight.dtype`, and its shape makes loaders that do not know this layer fail; the weight itself is
             `dense_weight()`.
         dead_blocks: The frozen mask, bool `[O, I]`, True where a block must stay zero; None while no mask is frozen.
+        folded: What evaluation computes with after `fold`; None otherwise.
 
     Raises:
         ValueError: The block does not divide the layer, or the rank is outside `[1, bo * bi]`.
@@ -85,6 +87,7 @@ class KronLinear(nn.Module):
     bias: nn.Parameter | None
     weight: Tensor
     dead_blocks: Tensor | None
+    folded: Folded | None = None
 
     def __init__(
         self,
@@ -145,6 +148,8 @@ class KronLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`."""
+        if self.folded is not None and x.shape[-1:] == (self.in_features,) and self._may_use_fold():
+            return self.folded(x, self.b, self.bias)
         return kron_linear(x, self.masked_s(), self.a, self.b, self.bias)
 
     def masked_s(self) -> Tensor:
@@ -192,6 +197,41 @@ class KronLinear(nn.Module):
         self._zero_dead_blocks()
         self.dead_blocks = None
 
+    def fold(self, tokens: int = 4096, keep_weight: bool = False) -> Self:
+        """Folds S into A for evaluation, without all-zero block rows and columns; see `fold_for_inference`.
+
+        Raises:
+            ValueError: The layer is in training mode, or its factors are sharded, on meta, or made in inference mode.
+        """
+        if self.training:
+            raise ValueError("KronLinear.fold: the layer is in training mode; call eval() first")
+        if self.s.is_meta or is_sharded(self.s):
+            raise ValueError("KronLinear.fold: its factors are on the meta device or sharded; gather them first")
+        self.folded = fold(self.s, self.a, self.b, self.dead_blocks, tokens=tokens, keep_weight=keep_weight)
+        return self
+
+    def _may_use_fold(self) -> bool:
+        """A compiled model would not see later changes of the factors; an exported one is a picture of them anyway."""
+        if self.folded is None or torch.compiler.is_dynamo_compiling():
+            return False
+        if torch.compiler.is_exporting():  # with other tensors in the places of the parameters
+            return self.folded.is_current()
+        if torch.is_grad_enabled():
+            return False
+        if not self.folded.is_of((self.s, self.a, self.b, self.dead_blocks)):
+            self.folded = None
+        return self.folded is not None
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; training lifts what `fold` did."""
+        if mode:
+            self.folded = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not folded: a fold belongs to the very tensors that it was made from."""
+        return {key: value for key, value in self.__dict__.items() if key != "folded"}
+
     @torch.no_grad()
     def _zero_dead_blocks(self) -> None:
         """Puts dead entries of S back to zero should an optimizer's momentum or noise have moved them."""
@@ -202,6 +242,7 @@ class KronLinear(nn.Module):
             s.masked_fill_(dead, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.folded = None
         super()._apply(fn, recurse)
         if self.dead_blocks is not None:
             self.dead_blocks = fn(self.dead_blocks)
@@ -214,6 +255,7 @@ class KronLinear(nn.Module):
             del destination[f"{prefix}weight"]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.folded = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         missing_keys: list[str] = args[2]
         if f"{prefix}weight" in missing_keys:  # Accelerate's files leave it out, as empty tensors share an address

@@ -25,13 +25,13 @@ ORDER = [
     {"calibration_config"},
     {"config", "layers"},
     {"sparsity", "selection", "calibration", "distillation", "checkpoint", "targets"},
-    {"param_groups", "surgery"},
+    {"inference", "param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
     {"command", "demo"},
-    {"compress", "train"},
+    {"bench", "compress", "train"},
     {"cli", "__main__", "__init__"},
 ]
 

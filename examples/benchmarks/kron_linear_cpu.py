@@ -9,9 +9,7 @@ above its limit is measured again, twice at most, and the lowest of its ratios c
 import argparse
 import json
 import os
-import platform
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -22,7 +20,10 @@ import torch
 from torch import nn
 
 from kron_hf import KronLinear
-from kron_hf.ops.cost import Shape, backward_path, forward_path
+from kron_hf.bench.machine import machine
+from kron_hf.bench.timing import compare, timed
+from kron_hf.ops.backend import backward_path, forward_path, path_name
+from kron_hf.ops.cost import Shape
 
 WORST = 1.1  # no case may be slower than this
 
@@ -72,36 +73,6 @@ class Result:
     backward_path: str
 
 
-def timed(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> tuple[float, float]:
-    """Milliseconds of one forward, and of forward + backward."""
-    x.grad = None
-    layer.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    out = layer(x)
-    middle = time.perf_counter()
-    out.backward(gradient)
-    end = time.perf_counter()
-    return 1e3 * (middle - start), 1e3 * (end - start)
-
-
-def measure(case: Case, tokens: int, dtype: torch.dtype, repeats: int) -> tuple[float, float, float, float]:
-    """Median milliseconds: forward and forward + backward of `nn.Linear`, then of the Kronecker layer."""
-    linear = nn.Linear(case.in_features, case.out_features, dtype=dtype)
-    kron = KronLinear(case.in_features, case.out_features, case.block_size, case.rank, dtype=dtype)
-    x = torch.randn(tokens, case.in_features, dtype=dtype, requires_grad=True)
-    gradient = torch.randn(tokens, case.out_features, dtype=dtype)
-    runs: tuple[list[tuple[float, float]], ...] = ([], [])
-    for repeat in range(repeats + 1):
-        for layer, results in zip((linear, kron), runs, strict=True):
-            milliseconds = timed(layer, x, gradient)
-            if repeat:  # the first run only warms up
-                results.append(milliseconds)
-    (linear_forward, linear_both), (kron_forward, kron_both) = (
-        [median(column) for column in zip(*results, strict=True)] for results in runs
-    )
-    return linear_forward, linear_both, kron_forward, kron_both
-
-
 def benchmark(case: Case, tokens: int, dtype: torch.dtype, repeats: int) -> Result:
     """Measures a case, again where it is above its limit."""
     (block_out, block_in), limit = case.block_size, case.limit or WORST
@@ -109,14 +80,12 @@ def benchmark(case: Case, tokens: int, dtype: torch.dtype, repeats: int) -> Resu
     shape = Shape("cpu", dtype, tokens, *sizes)
     best = None
     for attempt in range(1, 4):
-        linear_forward, linear_both, kron_forward, kron_both = measure(case, tokens, dtype, repeats)
-        ratio = kron_both / linear_both
-        if best is None or ratio < best.ratio:
-            paths = [
-                "build W" if path is None else f"{path.layout}, {path.order}, {path.chunk}"
-                for path in (forward_path(shape), backward_path(shape))
-            ]
-            best = Result(case, linear_both, kron_both, kron_forward / linear_forward, ratio, attempt, *paths)
+        features = (case.in_features, case.out_features)
+        times = compare(features, case.block_size, case.rank, tokens=tokens, dtype=dtype, repeats=repeats)
+        if best is None or times.ratio < best.ratio:
+            paths = [path_name(path) for path in (forward_path(shape), backward_path(shape))]
+            ratios = (times.forward_ratio, times.ratio)
+            best = Result(case, times.linear_both_ms, times.kron_both_ms, *ratios, attempt, *paths)
         best.measurements = attempt
         if best.ratio <= limit:
             break
@@ -133,22 +102,6 @@ def overhead(repeats: int = 2000) -> dict[str, float]:
         for name, layer in layers.items():
             times[name].append(1e3 * timed(layer, x, gradient)[1])
     return {name: median(values) for name, values in times.items()}
-
-
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": str(torch.get_num_threads()),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def row(result: Result) -> str:

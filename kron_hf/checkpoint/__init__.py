@@ -11,6 +11,7 @@ from kron_hf.checkpoint.hook import (
     detach_kron_config,
     holds_trained_weights,
     mark_trained,
+    strip_kron_config,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "detach_kron_config",
     "holds_trained_weights",
     "mark_trained",
+    "strip_kron_config",
 ]

@@ -36,6 +36,7 @@ __all__ = [
     "detach_kron_config",
     "holds_trained_weights",
     "mark_trained",
+    "strip_kron_config",
 ]
 
 QUANT_METHOD = "kron"
@@ -182,17 +183,21 @@ def detach_kron_config(model: nn.Module) -> None:
     """Undoes `attach_kron_config`: what the model saves from now on is plain transformers."""
     if not isinstance(model, PreTrainedModel):
         return
-    config = _own_config(model)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.fusion_config = _without_guard(getattr(config, "fusion_config", None) or {})
-    if config.fusion_config is None:
-        del config.fusion_config
+    strip_kron_config(_own_config(model))
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "_weight_conversions" in vars(module):
             del module._weight_conversions
     if model.model_tags is not None and "kron_hf" in model.model_tags:
         model.model_tags.remove("kron_hf")
+
+
+def strip_kron_config(config: Any) -> None:
+    """Makes the config of a converted model that of the dense one."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.fusion_config = _without_guard(getattr(config, "fusion_config", None) or {})
+    if config.fusion_config is None:
+        del config.fusion_config
 
 
 def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:

@@ -13,7 +13,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Factored", "Shape", "backward_path", "forward_path"]
+__all__ = [
+    "Dropped",
+    "Factored",
+    "Shape",
+    "backward_cost",
+    "backward_path",
+    "factored_paths",
+    "forward_cost",
+    "forward_path",
+    "worth_dropping",
+]
 
 
 class Shape(NamedTuple):
@@ -81,6 +91,8 @@ _CPU_RATES_BY_DTYPE = {
 }
 _BUILD_COST = 30  # an entry of W: to build it
 _WEIGHT_GRADIENT_COST = 80  # an entry of W: to reduce its gradient to those of M_i and B_i
+_GATHER_COST = 25  # a float of the input, to gather it with other living blocks
+_FILL_COST = 9  # a float of the output, to fill it before what lives is written into it
 _CALL_COST = 15e6  # to wake the other threads for one call of torch: 0.15 ms, where OpenMP threads sleep in between
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
@@ -90,44 +102,112 @@ _CHUNK_FLOATS = {"token_major": 2**22, "token_last": 2**21}
 _MAX_CHUNK = 2048
 
 
+class Dropped(NamedTuple):
+    """Which dead block rows and columns of S a product leaves out."""
+
+    rows: bool
+    columns: bool
+
+
 @lru_cache(maxsize=4096)
 def forward_path(shape: Shape) -> Factored | None:
     """The cheapest way to `x W^T`; None is to build W."""
-    path = min(_candidates(shape), key=lambda path: _forward_cost(shape, path))
+    path = min(_candidates(shape), key=lambda path: forward_cost(shape, path))
     if shape.device_type != "cpu":
-        return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
-    return path if _forward_cost(shape, path) < _MARGIN * _dense_cost(shape, _BUILD_COST, calls=3) else None
+        return path if forward_cost(shape, path) <= _dense_cost(shape) / 4 else None
+    return path if forward_cost(shape, path) < _MARGIN * forward_cost(shape, None) else None
 
 
 @lru_cache(maxsize=4096)
 def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
-    path = min(_candidates(shape), key=lambda path: _backward_cost(shape, path))
+    path = min(_candidates(shape), key=lambda path: backward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
-    weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
-    input_path = forward_path(shape.transposed)
-    if input_path is None:
-        grad_input = _dense_cost(shape, _BUILD_COST, calls=3)
-    else:
-        grad_input = _forward_cost(shape.transposed, input_path)
-    return path if _backward_cost(shape, path) < weight_gradient + grad_input else None
+    built = backward_cost(shape, None, forward_path(shape.transposed))
+    return path if backward_cost(shape, path) < built else None
+
+
+def forward_cost(shape: Shape, path: Factored | None) -> float:
+    """What a way to `x W^T` costs; `nn.Linear` costs `in * out`. On other devices than CPUs multiply-adds alone."""
+    if path is None:
+        return _dense_cost(shape, _BUILD_COST, calls=3)
+    products = sum(_multiply_adds(shape, path))
+    if shape.device_type != "cpu":
+        return products
+    rates, floats = _rates(shape, path), shape.in_features + shape.out_features
+    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
+
+
+def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | None = None) -> float:
+    """What a way to all gradients costs; `nn.Linear` costs `2 * in * out`. See `forward_cost`.
+
+    Where path is None, `input_path` is the way to the gradient of x, a product with W^T.
+    """
+    if path is None:
+        return _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4) + forward_cost(shape.transposed, input_path)
+    with_b, with_m = _multiply_adds(shape, path)
+    products = 3 * with_b + 2 * with_m
+    if shape.device_type != "cpu":
+        return products
+    rates, floats = _rates(shape, path), shape.in_features + shape.out_features
+    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+
+
+def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropped:
+    """Whether the product is cheaper without the block rows and columns of S that are all zero.
+
+    Inputs without the dead columns are gathered and outputs scattered between the dead rows, which costs traffic.
+    """
+    nothing = Dropped(rows=False, columns=False)
+    if shape.device_type != "cpu" or not living_rows:  # elsewhere the traffic has not been measured
+        return nothing
+    options = [
+        Dropped(rows, columns)
+        for rows in {False, living_rows < shape.out_blocks}
+        for columns in {False, living_columns < shape.in_blocks}
+    ]
+
+    def cost(dropped: Dropped) -> float:
+        smaller = shape._replace(
+            out_blocks=living_rows if dropped.rows else shape.out_blocks,
+            in_blocks=living_columns if dropped.columns else shape.in_blocks,
+        )
+        gathered = _GATHER_COST * smaller.in_features if dropped.columns else 0
+        scattered = _scatter_cost(shape.block_out) * smaller.out_features + _FILL_COST * shape.out_features
+        calls = (dropped.columns + 3 * dropped.rows) * _CALL_COST / max(1, shape.tokens)
+        product = forward_cost(smaller, forward_path(smaller))
+        return product + gathered + (scattered if dropped.rows else 0) + calls
+
+    best = min(options, key=cost)
+    return best if cost(best) < _MARGIN * cost(nothing) else nothing
+
+
+def _scatter_cost(block_out: int) -> float:
+    return 25 + 280 / block_out  # short runs are slow to write
+
+
+def factored_paths(shape: Shape) -> list[Factored]:
+    """Every way to compute from the factors, the bad ones too."""
+    orders = product(("token_major", "token_last"), ("b_first", "m_first"))
+    return [Factored(layout, order, _chunk(shape, layout, order)) for layout, order in orders]
 
 
 def _candidates(shape: Shape) -> list[Factored]:
-    if shape.device_type != "cpu":
-        # Not measured: large products rather than one a token, few launches, and only where the FLOPs leave room.
-        return [Factored("token_last", order, 8192) for order in ("b_first", "m_first")]
-    paths = []
-    for layout, order in product(("token_major", "token_last"), ("b_first", "m_first")):
-        inner = shape.block_out if order == "b_first" else shape.block_in
-        if layout == "token_last" or inner >= _TOKEN_MAJOR_MIN_BLOCK:
-            paths.append(Factored(layout, order, _chunk(shape, layout, order)))
-    return paths
+    if shape.device_type != "cpu":  # not measured: large products rather than one a token
+        return [path for path in factored_paths(shape) if path.layout == "token_last"]
+    inner = {"b_first": shape.block_out, "m_first": shape.block_in}
+    return [
+        path
+        for path in factored_paths(shape)
+        if path.layout == "token_last" or inner[path.order] >= _TOKEN_MAJOR_MIN_BLOCK
+    ]
 
 
 def _chunk(shape: Shape, layout: str, order: str) -> int:
     """Tokens a chunk, a power of two."""
+    if shape.device_type != "cpu":  # few launches
+        return 8192
     between = shape.in_blocks * shape.block_out if order == "b_first" else shape.out_blocks * shape.block_in
     floats = 2 * shape.rank * between + 1.5 * (shape.in_features + shape.out_features)
     return min(_MAX_CHUNK, 2 ** max(4, round(log2(_CHUNK_FLOATS[layout] / floats))))
@@ -148,17 +228,8 @@ def _dense_cost(shape: Shape, once_per_entry: int = 0, calls: int = 0) -> float:
     return shape.in_features * shape.out_features * (1 + once_per_entry / tokens) + calls * _CALL_COST / tokens
 
 
-def _forward_cost(shape: Shape, path: Factored) -> float:
-    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
-    products, floats = sum(_multiply_adds(shape, path)), shape.in_features + shape.out_features
-    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
-
-
-def _backward_cost(shape: Shape, path: Factored) -> float:
-    rates = _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
-    with_b, with_m = _multiply_adds(shape, path)
-    products, floats = 3 * with_b + 2 * with_m, shape.in_features + shape.out_features
-    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+def _rates(shape: Shape, path: Factored) -> _Rates:
+    return _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
 
 
 def _call_cost(shape: Shape, path: Factored, calls: int) -> float:

@@ -14,9 +14,11 @@ __all__ = ["backward_flops", "forward_flops"]
 
 
 @register_flop_formula(torch.ops.kron_hf.kron_linear)
-def forward_flops(x: Sequence[int], s: Sequence[int], a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+def forward_flops(
+    x: Sequence[int], s: Sequence[int] | None, a: Sequence[int], b: Sequence[int], *_: Any, **__: Any
+) -> int:
     """FLOPs of the cheaper factored order for all tokens; the arguments are shapes."""
-    out_features, in_features = s[0] * b[1], s[1] * b[2]
+    out_features, in_features = a[1] * b[1], a[2] * b[2]
     return prod(x[:-1]) * kron_flops(out_features, in_features, (b[1], b[2]), a[0])
 
 
@@ -24,7 +26,7 @@ def forward_flops(x: Sequence[int], s: Sequence[int], a: Sequence[int], b: Seque
 def backward_flops(
     grad_output: Sequence[int],
     x: Sequence[int],
-    s: Sequence[int],
+    s: Sequence[int] | None,
     a: Sequence[int],
     b: Sequence[int],
     needed: Sequence[bool],

@@ -16,9 +16,9 @@ from kron_hf.ops import paths
 __all__ = ["kron_linear"]
 
 _library = Library("kron_hf", "DEF")
-_library.define("kron_linear(Tensor x, Tensor s, Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_library.define("kron_linear(Tensor x, Tensor? s, Tensor a, Tensor b, Tensor? bias) -> Tensor")
 _library.define(
-    "kron_linear_backward(Tensor grad_output, Tensor x, Tensor s, Tensor a, Tensor b, bool[5] needed) "
+    "kron_linear_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor a, Tensor b, bool[5] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("kron_linear", paths.forward, "CompositeExplicitAutograd")
@@ -28,15 +28,15 @@ _backward_op = torch.ops.kron_hf.kron_linear_backward.default
 
 
 @torch.library.register_fake("kron_hf::kron_linear", lib=_library)
-def _forward_fake(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], s.shape[0] * b.shape[1]))
+def _forward_fake(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], a.shape[1] * b.shape[1]))
 
 
 @torch.library.register_fake("kron_hf::kron_linear_backward", lib=_library)
 def _backward_fake(
-    grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, needed: list[bool]
+    grad_output: Tensor, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
 ) -> tuple[Tensor, ...]:
-    shapes = (x.shape, s.shape, a.shape, b.shape, grad_output.shape[-1:])
+    shapes = (x.shape, a.shape[1:], a.shape, b.shape, grad_output.shape[-1:])
     return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, needed, strict=True))
 
 
@@ -44,7 +44,7 @@ class _KronLinearFunction(torch.autograd.Function):
     """Saves the input and the parameters only: S * A_i and the products with B_i are computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, s, a, b)
         with torch._C._AutoDispatchBelowAutograd():
             return _forward_op(x, s, a, b, bias)
@@ -59,7 +59,7 @@ class _KronLinearFunction(torch.autograd.Function):
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
-def _autograd(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _autograd(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return _KronLinearFunction.apply(x, s, a, b, bias)
     with torch._C._AutoDispatchBelowAutograd():
@@ -69,7 +69,7 @@ def _autograd(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -
 _library.impl("kron_linear", _autograd, "Autograd")
 
 
-def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns `x W^T + bias` with `W = sum_i (s * a_i) (x) b_i` (paper, eq. 2), without keeping W.
 
     Under autocast all floating point arguments are cast, as those of `F.linear` are. Reductions over tokens are
@@ -77,7 +77,7 @@ def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None 
 
     Args:
         x: `[..., I * bi]`, any strides, any number of leading dimensions.
-        s: Mask factor S, `[O, I]`.
+        s: Mask factor S, `[O, I]`; None if A holds it already.
         a: Factors A_i, `[rank, O, I]`.
         b: Block factors B_i, `[rank, bo, bi]`.
         bias: `[O * bo]` or None.
@@ -92,38 +92,39 @@ def kron_linear(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None 
     device_type = x.device.type
     if paths.autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        x, s, a, b = x.to(dtype), s.to(dtype), a.to(dtype), b.to(dtype)
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        s = None if s is None else s.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, s, a, b, bias)
     return _forward_op(x, s, a, b, bias)
 
 
-def _check(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
     """Raises unless shapes and dtypes fit together."""
     dtype = x.dtype
-    tensors = (x, s, a, b) if bias is None else (x, s, a, b, bias)
-    if not dtype.is_floating_point or any(tensor.dtype != dtype for tensor in tensors):
-        given = ", ".join(
-            f"{name} {tensor.dtype}" for name, tensor in zip(("x", "s", "a", "b", "bias"), tensors, strict=False)
-        )
-        raise TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {given}")
+    tensors = {"x": x, "s": s, "a": a, "b": b, "bias": bias}
+    given = [tensor for tensor in tensors.values() if tensor is not None]
+    if not dtype.is_floating_point or any(tensor.dtype != dtype for tensor in given):
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
+        raise TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {dtypes}")
     device = x.device
-    if any(tensor.device != device for tensor in tensors):  # a tensor on meta would give values nobody computed
-        given = ", ".join(f"{tensor.device}" for tensor in tensors)
-        raise ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {given}")
-    if s.dim() != 2 or a.dim() != 3 or b.dim() != 3 or a.shape[1:] != s.shape or a.shape[0] != b.shape[0]:
+    if any(tensor.device != device for tensor in given):  # a tensor on meta would give values nobody computed
+        devices = ", ".join(f"{tensor.device}" for tensor in given)
+        raise ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {devices}")
+    blocks = a.shape[1:] if s is None else s.shape
+    if len(blocks) != 2 or a.dim() != 3 or b.dim() != 3 or a.shape[1:] != blocks or a.shape[0] != b.shape[0]:
         raise ValueError(
             "kron_linear: required are s [O, I], a [rank, O, I], b [rank, bo, bi], "
-            f"got s {list(s.shape)}, a {list(a.shape)}, b {list(b.shape)}"
+            f"got s {None if s is None else list(s.shape)}, a {list(a.shape)}, b {list(b.shape)}"
         )
-    out_features, in_features = s.shape[0] * b.shape[1], s.shape[1] * b.shape[2]
+    out_features, in_features = blocks[0] * b.shape[1], blocks[1] * b.shape[2]
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"kron_linear: x must have {in_features} features (I * bi = {s.shape[1]} * {b.shape[2]}) in its last "
+            f"kron_linear: x must have {in_features} features (I * bi = {blocks[1]} * {b.shape[2]}) in its last "
             f"dimension, got shape {list(x.shape)}"
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(
-            f"kron_linear: bias must have shape [{out_features}] (O * bo = {s.shape[0]} * {b.shape[1]}), "
+            f"kron_linear: bias must have shape [{out_features}] (O * bo = {blocks[0]} * {b.shape[1]}), "
             f"got {list(bias.shape)}"
         )

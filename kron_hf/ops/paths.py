@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kron_hf.factors import to_blocks
-from kron_hf.ops.cost import Factored, Shape, backward_path, forward_path
+from kron_hf.ops.backend import backward_path, forward_path
+from kron_hf.ops.cost import Factored, Shape
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["autocast_enabled", "backward", "forward"]
@@ -18,22 +19,24 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def forward(x: Tensor, s: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias`, see `operator.kron_linear`."""
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return forward(x, s, a, b, bias)
-    out = _product(_rows(x), s * a, b, bias)
+    out = _product(_rows(x), a if s is None else s * a, b, bias)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
+def backward(
+    grad_output: Tensor, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
+) -> tuple[Tensor, ...]:
     """Gradients for x, s, a, b and bias; an empty tensor for each that is not needed."""
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return backward(grad_output, x, s, a, b, needed)
     need_x, need_s, need_a, need_b, need_bias = needed
-    g, m = _rows(grad_output), s * a
+    g, m = _rows(grad_output), a if s is None else s * a
     grad_x = grad_m = grad_b = None
     if need_s or need_a or need_b:
         rows = _rows(x)
@@ -46,8 +49,8 @@ def backward(grad_output: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, ne
         grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
     grads = (
         grad_x.view(x.shape) if need_x and grad_x is not None else None,
-        (grad_m * a).sum(0).to(s.dtype) if need_s and grad_m is not None else None,
-        (grad_m * s).to(a.dtype) if need_a and grad_m is not None else None,
+        (grad_m * a).sum(0).to(a.dtype) if need_s and grad_m is not None else None,
+        (grad_m if s is None else grad_m * s).to(a.dtype) if need_a and grad_m is not None else None,
         grad_b.to(b.dtype) if need_b and grad_b is not None else None,
         g.sum(0) if need_bias else None,
     )

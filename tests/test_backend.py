@@ -1,0 +1,139 @@
+"""`KRON_HF_BACKEND`, and what the cost model says of each way."""
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kron_hf.factors import kron_weight
+from kron_hf.ops import backend, cost, kron_linear, paths
+
+SHAPE = cost.Shape("cpu", torch.float32, 4096, 48, 48, 16, 16, 2)
+FACTORED = [name for name in backend.BACKENDS if name.count("-") == 3]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets `KRON_HF_BACKEND` as a new process would find it."""
+    caches = (backend.forced_backend, backend.forward_path, backend.backward_path)
+    caches = (*caches, backend._say_that_fused_does_not_serve)
+
+    def forget():
+        for function in caches:
+            function.cache_clear()
+
+    def set_to(value):
+        forget()
+        monkeypatch.setenv(backend.VARIABLE, value)
+
+    yield set_to
+    forget()
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_by_default_the_cost_model_chooses(environment, value):
+    environment(value)
+    assert backend.forced_backend() is None
+    for shape in (SHAPE, SHAPE._replace(rank=16)):
+        assert backend.forward_path(shape) == cost.forward_path(shape)
+        assert backend.backward_path(shape) == cost.backward_path(shape)
+
+
+@pytest.mark.parametrize("value", ["dense", "token", "token-major-b", "Fused "], ids=repr)
+def test_an_unknown_name_lists_the_valid_ones(environment, value):
+    environment(value)
+    message = f"KRON_HF_BACKEND must be one of {', '.join(backend.BACKENDS)}, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kron_linear(torch.ones(1, 2), torch.ones(1, 1), torch.ones(1, 1, 1), torch.ones(1, 1, 2))
+
+
+def test_the_environment_is_read_once(environment, monkeypatch):
+    environment("build-w")
+    assert backend.forced_backend() == "build-w"
+    monkeypatch.setenv(backend.VARIABLE, "token-last")
+    assert backend.forced_backend() == "build-w"
+
+
+@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("block", [2, 16, 64])
+def test_a_factored_way_is_taken_for_every_shape(environment, name, block):
+    environment(name)
+    shape = SHAPE._replace(block_out=block, block_in=block)
+    assert backend.path_name(backend.forward_path(shape)) == name
+    assert backend.path_name(backend.backward_path(shape)) == name
+
+
+def test_building_w_is_taken_where_factors_are_cheaper(environment):
+    assert cost.forward_path(SHAPE) is not None
+    environment("build-w")
+    assert backend.forward_path(SHAPE) is None
+    assert backend.backward_path(SHAPE) is None
+
+
+@pytest.mark.parametrize("layout", ["token-major", "token-last"])
+def test_without_an_order_the_cheaper_one_is_taken(environment, layout):
+    environment(layout)
+    to_wide = SHAPE._replace(out_blocks=192)
+    assert backend.path_name(backend.forward_path(to_wide)) == f"{layout}-b-first"
+    assert backend.path_name(backend.forward_path(to_wide.transposed)) == f"{layout}-m-first"
+    assert backend.path_name(backend.backward_path(to_wide)) == f"{layout}-b-first"
+    assert backend.path_name(backend.backward_path(to_wide.transposed)) == f"{layout}-m-first"
+
+
+def test_fused_says_once_that_it_does_not_serve(environment):
+    environment("fused")
+    with pytest.warns(UserWarning, match="KRON_HF_BACKEND=fused: the fused kernels do not serve every product here"):
+        assert backend.forward_path(SHAPE) == cost.forward_path(SHAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.backward_path(SHAPE) == cost.backward_path(SHAPE)
+        assert backend.forward_path(SHAPE.transposed) == cost.forward_path(SHAPE.transposed)
+
+
+@pytest.mark.parametrize("name", ["build-w", "token-major", "token-last", *FACTORED])
+def test_every_forced_way_gives_the_product(environment, monkeypatch, name):
+    environment(name)
+    taken = []
+    for direction in ("forward_path", "backward_path"):
+        choose = getattr(backend, direction)
+        monkeypatch.setattr(paths, direction, lambda shape, choose=choose: (taken.append(choose(shape)), taken[-1])[1])
+    sizes = [(9, 6), (2, 3), (2, 2, 3), (2, 5, 2), (10,)]
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    x, s, a, b, bias = inputs
+    out, naive = kron_linear(*inputs), F.linear(x, kron_weight(s, a, b), bias)
+    torch.testing.assert_close(out, naive)
+    gradients = [torch.autograd.grad(result.square().sum(), inputs) for result in (out, naive)]
+    torch.testing.assert_close(*gradients)
+    assert all(backend.path_name(path).startswith(name) for path in taken)
+
+
+# What the cost model says
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("features", [128, 384, 768])
+def test_the_chosen_way_is_the_cheapest_but_for_the_margin(features, rank):
+    blocks = features // 16
+    shape = SHAPE._replace(out_blocks=blocks, in_blocks=blocks, rank=rank)
+    built = cost.forward_cost(shape, None)
+    best = min(cost.forward_cost(shape, path) for path in cost.factored_paths(shape))
+    assert (cost.forward_path(shape) is not None) == (best < 0.85 * built)
+    input_path = cost.forward_path(shape.transposed)
+    costs = {path: cost.backward_cost(shape, path, input_path) for path in (None, *cost.factored_paths(shape))}
+    assert costs[cost.backward_path(shape)] == min(costs.values())
+
+
+def test_building_w_costs_more_than_a_dense_product():
+    dense = SHAPE.in_features * SHAPE.out_features
+    assert dense < cost.forward_cost(SHAPE, None) < 1.2 * dense
+    assert cost.forward_cost(SHAPE._replace(tokens=1), None) > 30 * dense  # W is built for one token
+
+
+def test_on_other_devices_multiply_adds_are_counted_alone():
+    path = cost.Factored("token_last", "b_first", 8192)
+    shape = SHAPE._replace(device_type="cuda")
+    products = 2 * (768 * 16 + 48 * 768)
+    assert cost.forward_cost(shape, path) == products
+    assert cost.backward_cost(shape, path) == 2 * products + 2 * 768 * 16
