@@ -6,6 +6,7 @@ every float of input and output, which stands for the traffic, and for each call
 `examples/benchmarks/kron_linear_cpu.py` shows how well the choices hold on a given machine.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import log2
@@ -13,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Factored", "Shape", "backward_path", "forward_path"]
+__all__ = ["Factored", "Fused", "Shape", "backward_path", "forward_path"]
 
 
 class Shape(NamedTuple):
@@ -60,6 +61,11 @@ class Factored(NamedTuple):
     chunk: int
 
 
+@dataclass(frozen=True)
+class Fused:
+    """Compute by the Triton kernels of `fused`."""
+
+
 class _Rates(NamedTuple):
     """Cost of a multiply-add and of a float of input or output, forward and backward."""
 
@@ -91,8 +97,10 @@ _MAX_CHUNK = 2048
 
 
 @lru_cache(maxsize=4096)
-def forward_path(shape: Shape) -> Factored | None:
-    """The cheapest way to `x W^T`; None is to build W."""
+def forward_path(shape: Shape, fused: bool = True) -> Factored | Fused | None:
+    """The cheapest way to `x W^T`; None is to build W. `fused`: whether the Triton kernels may be the answer."""
+    if fused and _fused_wins(shape):
+        return Fused()
     path = min(_candidates(shape), key=lambda path: _forward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
@@ -100,18 +108,35 @@ def forward_path(shape: Shape) -> Factored | None:
 
 
 @lru_cache(maxsize=4096)
-def backward_path(shape: Shape) -> Factored | None:
+def backward_path(shape: Shape, fused: bool = True) -> Factored | Fused | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
+    if fused and _fused_wins(shape):
+        return Fused()
     path = min(_candidates(shape), key=lambda path: _backward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
     weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
-    input_path = forward_path(shape.transposed)
-    if input_path is None:
+    input_path = forward_path(shape.transposed, fused=False)
+    if not isinstance(input_path, Factored):
         grad_input = _dense_cost(shape, _BUILD_COST, calls=3)
     else:
         grad_input = _forward_cost(shape.transposed, input_path)
     return path if _backward_cost(shape, path) < weight_gradient + grad_input else None
+
+
+def _fused_wins(shape: Shape) -> bool:
+    """By arithmetic and traffic on devices of the H200's class: the product must be large, and bound by memory."""
+    large = 2 * shape.in_features * shape.out_features >= 768 * (shape.in_features + shape.out_features)
+    smaller, larger = sorted((shape.block_out, shape.block_in))
+    return (
+        shape.device_type == "cuda"
+        and shape.dtype in (torch.bfloat16, torch.float16)  # float32 is bound by arithmetic: large products do as well
+        and shape.tokens >= 8192
+        and large
+        and smaller >= 16
+        and larger <= 32
+        and shape.rank <= smaller // 4
+    )
 
 
 def _candidates(shape: Shape) -> list[Factored]:
