@@ -6,6 +6,7 @@ What is checked stands in fused_checks.py. The interpreter is chosen when Triton
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -120,21 +121,16 @@ def test_all_compiled_without_spills(own_cache, monkeypatch, name, precision, ca
 
 @needs_triton
 def test_a_spill_is_seen(own_cache):
-    """With 32 columns of 64 entries nothing fits: the search for spills does find some."""
-    made = ahead_of_time.launches((12, 12, 64, 64, 1), torch.float32)[0]
-    crowded = made._replace(arguments=made.arguments | {"TILE_TOKENS": 8}, warps=1)
+    """A tile that one warp cannot hold: the search for spills does find some."""
+    made = ahead_of_time.launches((64, 64, 16, 16, 1), torch.bfloat16)[0]
+    crowded = made._replace(warps=1)
     assert ahead_of_time.resources(crowded, 80).spilled > 0
 
 
 @pytest.fixture
 def forced(monkeypatch):
     """The fused path on the CPU, as if it could run there."""
-
-    def choose(shape, fused=True):
-        return cost.Fused() if fused else None
-
-    monkeypatch.setattr(paths, "forward_path", choose)
-    monkeypatch.setattr(paths, "backward_path", choose)
+    monkeypatch.setattr(paths, "fused_wins", lambda shape: True)
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
     monkeypatch.setitem(fused._state, "broken", False)
 
@@ -162,7 +158,7 @@ class Broken:
 def test_a_missing_or_broken_triton_warns_once_and_falls_back(monkeypatch, forced, module):
     break_launch(monkeypatch, module)
     inputs = make_inputs(SQUARE, 5, torch.float32)
-    reason = "ImportError" if module is None else r"RuntimeError: Failed to find C compiler\)"
+    reason = "ModuleNotFoundError" if module is None else r"RuntimeError: Failed to find C compiler\)"
     with pytest.warns(RuntimeWarning, match=rf"do not run here \(.*{reason}.*pip install triton") as caught:
         out = kron_linear(*inputs)
     assert len(caught) == 1
@@ -218,10 +214,15 @@ WINS = {  # changes of 1024 x 1024, 16 x 16, rank 1, bfloat16, 16384 tokens
 
 @pytest.mark.parametrize(("changes", "wins"), WINS.values(), ids=list(WINS))
 def test_where_the_cost_model_takes_the_kernels(changes, wins):
-    shape = CUDA._replace(**changes)
-    for choose in (cost.forward_path, cost.backward_path):
-        assert (choose(shape) == cost.Fused()) == wins
-        assert choose(shape, fused=False) != cost.Fused()
+    assert cost.fused_wins(CUDA._replace(**changes)) == wins
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_asks_for_a_device(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kron_linear_cuda.py"])
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "benchmarks" / "kron_linear_cuda.py"))
+    assert benchmark["main"]() == 2
+    assert "required is a CUDA device" in capsys.readouterr().err
 
 
 def test_importing_the_operator_imports_no_kernel():

@@ -6,7 +6,6 @@ every float of input and output, which stands for the traffic, and for each call
 `examples/benchmarks/kron_linear_cpu.py` shows how well the choices hold on a given machine.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import log2
@@ -14,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Factored", "Fused", "Shape", "backward_path", "forward_path"]
+__all__ = ["Factored", "Shape", "backward_path", "forward_path", "fused_wins"]
 
 
 class Shape(NamedTuple):
@@ -61,11 +60,6 @@ class Factored(NamedTuple):
     chunk: int
 
 
-@dataclass(frozen=True)
-class Fused:
-    """Compute by the Triton kernels of `fused`."""
-
-
 class _Rates(NamedTuple):
     """Cost of a multiply-add and of a float of input or output, forward and backward."""
 
@@ -97,10 +91,8 @@ _MAX_CHUNK = 2048
 
 
 @lru_cache(maxsize=4096)
-def forward_path(shape: Shape, fused: bool = True) -> Factored | Fused | None:
-    """The cheapest way to `x W^T`; None is to build W. `fused`: whether the Triton kernels may be the answer."""
-    if fused and _fused_wins(shape):
-        return Fused()
+def forward_path(shape: Shape) -> Factored | None:
+    """The cheapest way to `x W^T`; None is to build W."""
     path = min(_candidates(shape), key=lambda path: _forward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
@@ -108,35 +100,18 @@ def forward_path(shape: Shape, fused: bool = True) -> Factored | Fused | None:
 
 
 @lru_cache(maxsize=4096)
-def backward_path(shape: Shape, fused: bool = True) -> Factored | Fused | None:
+def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
-    if fused and _fused_wins(shape):
-        return Fused()
     path = min(_candidates(shape), key=lambda path: _backward_cost(shape, path))
     if shape.device_type != "cpu":
         return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
     weight_gradient = _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4)
-    input_path = forward_path(shape.transposed, fused=False)
-    if not isinstance(input_path, Factored):
+    input_path = forward_path(shape.transposed)
+    if input_path is None:
         grad_input = _dense_cost(shape, _BUILD_COST, calls=3)
     else:
         grad_input = _forward_cost(shape.transposed, input_path)
     return path if _backward_cost(shape, path) < weight_gradient + grad_input else None
-
-
-def _fused_wins(shape: Shape) -> bool:
-    """By arithmetic and traffic on devices of the H200's class: the product must be large, and bound by memory."""
-    large = 2 * shape.in_features * shape.out_features >= 768 * (shape.in_features + shape.out_features)
-    smaller, larger = sorted((shape.block_out, shape.block_in))
-    return (
-        shape.device_type == "cuda"
-        and shape.dtype in (torch.bfloat16, torch.float16)  # float32 is bound by arithmetic: large products do as well
-        and shape.tokens >= 8192
-        and large
-        and smaller >= 16
-        and larger <= 32
-        and shape.rank <= smaller // 4
-    )
 
 
 def _candidates(shape: Shape) -> list[Factored]:
@@ -190,3 +165,21 @@ def _call_cost(shape: Shape, path: Factored, calls: int) -> float:
     """Of that many calls a chunk, a token."""
     chunks = -(-shape.tokens // path.chunk)
     return calls * _CALL_COST * chunks / max(1, shape.tokens)
+
+
+def fused_wins(shape: Shape) -> bool:
+    """Whether the Triton kernels of `fused` are to be tried first.
+
+    Arithmetic, not measured: on devices of the H200's class the product must be large, and bound by memory rather than
+    by multiply-adds, as it is not in float32.
+    """
+    smaller, larger = sorted((shape.block_out, shape.block_in))
+    return (
+        shape.device_type == "cuda"
+        and shape.dtype in (torch.bfloat16, torch.float16)
+        and shape.tokens >= 8192
+        and 2 * shape.in_features * shape.out_features >= 768 * (shape.in_features + shape.out_features)
+        and smaller >= 16
+        and larger <= 32
+        and shape.rank <= smaller // 4
+    )

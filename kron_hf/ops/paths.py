@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kron_hf.factors import to_blocks
 from kron_hf.ops import fused
-from kron_hf.ops.cost import Factored, Fused, Shape, backward_path, forward_path
+from kron_hf.ops.cost import Factored, Shape, backward_path, forward_path, fused_wins
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["autocast_enabled", "backward", "forward"]
@@ -65,13 +65,11 @@ def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
 def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`rows W^T + bias` with `W = sum_i m_i (x) b_i`."""
     shape = _shape(rows, m, b)
+    fused_out = fused.product(shape, rows, m, b, bias) if fused_wins(shape) else None
+    if fused_out is not None:
+        return fused_out
     path = forward_path(shape)
-    if isinstance(path, Fused):
-        fused_out = fused.product(shape, rows, m, b, bias)
-        if fused_out is not None:
-            return fused_out
-        path = forward_path(shape, fused=False)
-    if not isinstance(path, Factored):
+    if path is None:
         return F.linear(rows, _weight(m, b), bias)
     layout = _layout(path, m, b)
     out = rows.new_empty(rows.shape[0], m.shape[1] * b.shape[1])
@@ -87,13 +85,11 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients for x (None if not needed, or not found on the way), M and B."""
     shape = _shape(rows, m, b)
+    fused_grads = fused.gradients(shape, g, rows, m, b, need_x) if fused_wins(shape) else None
+    if fused_grads is not None:
+        return fused_grads
     path = backward_path(shape)
-    if isinstance(path, Fused):
-        grads = fused.gradients(shape, g, rows, m, b, need_x)
-        if grads is not None:
-            return grads
-        path = backward_path(shape, fused=False)
-    if not isinstance(path, Factored):
+    if path is None:
         return None, *_dense_parameter_gradients(g, rows, m, b)
     return _factored_gradients(path, g, rows, m, b, need_x)
 

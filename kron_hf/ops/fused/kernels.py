@@ -18,168 +18,15 @@ and PAD_IN, the next powers of two or more; TILE_*, what a program owns or takes
 columns, ranks.
 """
 
+# pyright: reportMissingImports=false
+# (triton: on Linux only)
+
 import triton
 import triton.language as tl
-from triton import knobs
+
+from kron_hf.ops.fused.steps import dot, load_blocks, mix, rows_by_token, stacked_b, store
 
 __all__ = ["grad_m_kernel", "product_kernel", "transposed_product_kernel"]
-
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
-    """`total + left @ right`, accumulated in float32."""
-    if _INTERPRETED:  # the interpreter keeps bfloat16 as bits, and would multiply those
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _mix(
-    u_ptr,
-    m_ptr,
-    token_0,
-    tokens,
-    out_0,
-    out_blocks,
-    in_blocks,
-    rank_0,
-    m_rank_stride,
-    m_out_stride,
-    m_in_stride,
-    RANK: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    PAD_IN: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-    TILE_IN: tl.constexpr,
-    TILE_RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """T for a tile of tokens and block rows: float32, rows (block row, i), columns (token, j)."""
-    row = tl.arange(0, TILE_OUT * TILE_RANK)
-    out_block, i = out_0 + row // TILE_RANK, rank_0 + row % TILE_RANK
-    row_valid = (out_block < out_blocks) & (i < RANK)
-    m_rows = m_ptr + i * m_rank_stride + out_block * m_out_stride
-
-    column = tl.arange(0, TILE_TOKENS * PAD_IN)
-    token, j = column // PAD_IN, column % PAD_IN
-    column_valid = (token < tokens - token_0) & (j < BLOCK_IN)
-    features = in_blocks * BLOCK_IN
-    u_columns = u_ptr + token_0.to(tl.int64) * features + (token * features + j)
-
-    mixed = tl.zeros((TILE_OUT * TILE_RANK, TILE_TOKENS * PAD_IN), tl.float32)
-    for in_0 in range(0, in_blocks, TILE_IN):
-        in_block = in_0 + tl.arange(0, TILE_IN)
-        in_valid = in_block < in_blocks
-        m = tl.load(
-            m_rows[:, None] + in_block[None, :] * m_in_stride, mask=row_valid[:, None] & in_valid[None, :], other=0.0
-        )
-        u = tl.load(
-            u_columns[None, :] + in_block[:, None] * BLOCK_IN, mask=in_valid[:, None] & column_valid[None, :], other=0.0
-        )
-        mixed = _dot(m, u, mixed, PRECISION)
-    return mixed
-
-
-@triton.jit
-def _rows_by_token(
-    mixed,
-    PAD_IN: tl.constexpr,
-    SPREAD: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-    TILE_RANK: tl.constexpr,
-):
-    """T as an operand of the second product: rows (block row, token), columns (i, j), SPREAD - 1 zeros after each."""
-    if SPREAD >= 2:
-        mixed = tl.reshape(tl.join(mixed, tl.zeros_like(mixed)), (TILE_OUT * TILE_RANK, TILE_TOKENS * PAD_IN * 2))
-    if SPREAD == 4:
-        mixed = tl.reshape(tl.join(mixed, tl.zeros_like(mixed)), (TILE_OUT * TILE_RANK, TILE_TOKENS * PAD_IN * 4))
-    split = tl.reshape(mixed, (TILE_OUT, TILE_RANK, TILE_TOKENS, PAD_IN * SPREAD))
-    return tl.reshape(tl.permute(split, (0, 2, 1, 3)), (TILE_OUT * TILE_TOKENS, TILE_RANK * PAD_IN * SPREAD))
-
-
-@triton.jit
-def _stacked_b(
-    b_ptr,
-    rank_0,
-    b_rank_stride,
-    b_row_stride,
-    b_column_stride,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PAD_ROWS: tl.constexpr,
-    PAD_COLUMNS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    TILE_RANK: tl.constexpr,
-):
-    """The B_i below one another: rows (i, row of B), SPREAD - 1 rows of zeros after each, columns those of B."""
-    row, column = tl.arange(0, TILE_RANK * PAD_ROWS * SPREAD), tl.arange(0, PAD_COLUMNS)
-    i, b_row = rank_0 + row // (PAD_ROWS * SPREAD), row // SPREAD % PAD_ROWS
-    row_valid = (i < RANK) & (b_row < ROWS) & (row % SPREAD == 0)
-    return tl.load(
-        b_ptr + (i * b_rank_stride + b_row * b_row_stride)[:, None] + (column * b_column_stride)[None, :],
-        mask=row_valid[:, None] & (column < COLUMNS)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _load_blocks(
-    u_ptr,
-    token_0,
-    tokens,
-    block_0,
-    blocks,
-    BLOCK: tl.constexpr,
-    PAD: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-):
-    """Rows (block, token), columns the entries of a block."""
-    row, entry = tl.arange(0, TILE_BLOCKS * TILE_TOKENS), tl.arange(0, PAD)
-    block, token = block_0 + row // TILE_TOKENS, row % TILE_TOKENS
-    features = blocks * BLOCK
-    return tl.load(
-        u_ptr + token_0.to(tl.int64) * features + (token * features + block * BLOCK)[:, None] + entry[None, :],
-        mask=((token < tokens - token_0) & (block < blocks))[:, None] & (entry < BLOCK)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _store(
-    v_ptr,
-    bias_ptr,
-    v,
-    token_0,
-    tokens,
-    out_0,
-    out_blocks,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    PAD_OUT: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-):
-    """Adds the bias and writes v, whose rows are (block row, token) and columns l."""
-    split = tl.reshape(v, (TILE_OUT, TILE_TOKENS, PAD_OUT))
-    v = tl.reshape(tl.permute(split, (1, 0, 2)), (TILE_TOKENS, TILE_OUT * PAD_OUT))  # whole rows: long writes
-    column = tl.arange(0, TILE_OUT * PAD_OUT)
-    out_block, entry = out_0 + column // PAD_OUT, column % PAD_OUT
-    feature, valid = out_block * BLOCK_OUT + entry, (out_block < out_blocks) & (entry < BLOCK_OUT)
-    if HAS_BIAS:
-        v += tl.load(bias_ptr + feature, mask=valid, other=0.0).to(tl.float32)[None, :]
-    token = tl.arange(0, TILE_TOKENS)
-    features = out_blocks * BLOCK_OUT
-    tl.store(
-        v_ptr + token_0.to(tl.int64) * features + (token[:, None] * features + feature[None, :]),
-        v.to(v_ptr.dtype.element_ty),
-        mask=(token < tokens - token_0)[:, None] & valid[None, :],
-    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -217,18 +64,18 @@ def product_kernel(
     out_0 = tl.program_id(0) % out_tiles * TILE_OUT
     v = tl.zeros((TILE_OUT * TILE_TOKENS, PAD_OUT), tl.float32)
     for rank_0 in range(0, RANK, TILE_RANK):
-        mixed = _mix(
+        mixed = mix(
             *(u_ptr, m_ptr, token_0, tokens, out_0, out_blocks, in_blocks, rank_0),
             *(m_rank_stride, m_out_stride, m_in_stride, RANK, BLOCK_IN, PAD_IN),
             *(TILE_TOKENS, TILE_OUT, TILE_IN, TILE_RANK, PRECISION),
         )
-        mixed = _rows_by_token(mixed.to(u_ptr.dtype.element_ty), PAD_IN, SPREAD, TILE_TOKENS, TILE_OUT, TILE_RANK)
-        b = _stacked_b(
+        mixed = rows_by_token(mixed.to(u_ptr.dtype.element_ty), PAD_IN, SPREAD, TILE_TOKENS, TILE_OUT, TILE_RANK)
+        b = stacked_b(
             *(b_ptr, rank_0, b_rank_stride, b_in_stride, b_out_stride),
             *(RANK, BLOCK_IN, BLOCK_OUT, PAD_IN, PAD_OUT, SPREAD, TILE_RANK),
         )
-        v = _dot(mixed, b, v, PRECISION)
-    _store(
+        v = dot(mixed, b, v, PRECISION)
+    store(
         *(v_ptr, bias_ptr, v, token_0, tokens, out_0, out_blocks),
         *(HAS_BIAS, BLOCK_OUT, PAD_OUT, TILE_TOKENS, TILE_OUT),
     )
@@ -278,22 +125,22 @@ def transposed_product_kernel(
     grad_b = tl.zeros((TILE_RANK * PAD_OUT * SPREAD, PAD_IN), tl.float32)
     for tile in range(first_tile, last_tile):
         token_0 = tile * TILE_TOKENS
-        v = _mix(
+        v = mix(
             *(g_ptr, m_ptr, token_0, tokens, in_0, in_blocks, out_blocks, rank_0),
             *(m_rank_stride, m_in_stride, m_out_stride, RANK, BLOCK_OUT, PAD_OUT),
             *(TILE_TOKENS, TILE_IN, TILE_OUT, TILE_RANK, PRECISION),
         )
-        v = _rows_by_token(v.to(g_ptr.dtype.element_ty), PAD_OUT, SPREAD, TILE_TOKENS, TILE_IN, TILE_RANK)
-        x = _load_blocks(x_ptr, token_0, tokens, in_0, in_blocks, BLOCK_IN, PAD_IN, TILE_TOKENS, TILE_IN)
-        grad_b = _dot(tl.trans(v), x, grad_b, PRECISION)
+        v = rows_by_token(v.to(g_ptr.dtype.element_ty), PAD_OUT, SPREAD, TILE_TOKENS, TILE_IN, TILE_RANK)
+        x = load_blocks(x_ptr, token_0, tokens, in_0, in_blocks, BLOCK_IN, PAD_IN, TILE_TOKENS, TILE_IN)
+        grad_b = dot(tl.trans(v), x, grad_b, PRECISION)
         if WRITE_GRAD_X:
-            b = _stacked_b(
+            b = stacked_b(
                 *(b_ptr, rank_0, b_rank_stride, b_out_stride, b_in_stride),
                 *(RANK, BLOCK_OUT, BLOCK_IN, PAD_OUT, PAD_IN, SPREAD, TILE_RANK),
             )
             zeros = tl.zeros((TILE_IN * TILE_TOKENS, PAD_IN), tl.float32)
-            grad_x = _dot(v, b, zeros, PRECISION)
-            _store(
+            grad_x = dot(v, b, zeros, PRECISION)
+            store(
                 *(grad_x_ptr, grad_x_ptr, grad_x, token_0, tokens, in_0, in_blocks),
                 *(False, BLOCK_IN, PAD_IN, TILE_TOKENS, TILE_IN),
             )
@@ -344,7 +191,7 @@ def grad_m_kernel(
     rank_0 = tl.program_id(1) * TILE_RANK
     first_tile = tl.program_id(2) * tiles_a_program
     last_tile = tl.minimum(first_tile + tiles_a_program, tl.cdiv(tokens, TILE_TOKENS))
-    b = _stacked_b(
+    b = stacked_b(
         *(b_ptr, rank_0, b_rank_stride, b_in_stride, b_out_stride),
         *(RANK, BLOCK_IN, BLOCK_OUT, PAD_IN, PAD_OUT, 1, TILE_RANK),
     )
@@ -358,9 +205,9 @@ def grad_m_kernel(
     grad_m = tl.zeros((TILE_OUT * TILE_RANK, TILE_IN), tl.float32)
     for tile in range(first_tile, last_tile):
         token_0 = tile * TILE_TOKENS
-        g = _load_blocks(g_ptr, token_0, tokens, out_0, out_blocks, BLOCK_OUT, PAD_OUT, TILE_TOKENS, TILE_OUT)
+        g = load_blocks(g_ptr, token_0, tokens, out_0, out_blocks, BLOCK_OUT, PAD_OUT, TILE_TOKENS, TILE_OUT)
         zeros = tl.zeros((TILE_OUT * TILE_TOKENS, TILE_RANK * PAD_IN), tl.float32)
-        u = _dot(g, b, zeros, PRECISION).to(x_ptr.dtype.element_ty)
+        u = dot(g, b, zeros, PRECISION).to(x_ptr.dtype.element_ty)
         split = tl.reshape(u, (TILE_OUT, TILE_TOKENS, TILE_RANK, PAD_IN))
         u = tl.reshape(tl.permute(split, (0, 2, 1, 3)), (TILE_OUT * TILE_RANK, TILE_TOKENS * PAD_IN))
         x = tl.load(
@@ -368,7 +215,7 @@ def grad_m_kernel(
             mask=x_valid & (token < tokens - token_0)[:, None],
             other=0.0,
         )
-        grad_m = _dot(u, x, grad_m, PRECISION)
+        grad_m = dot(u, x, grad_m, PRECISION)
     row = tl.arange(0, TILE_OUT * TILE_RANK)
     out_block, i = out_0 + row // TILE_RANK, rank_0 + row % TILE_RANK
     row_valid = (out_block < out_blocks) & (i < RANK)
