@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,13 @@ def test_compiled_without_spills(own_cache, name, dtype, capability):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("precision", ["bfloat16", "float32", "tf32"])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    ("name", "precision", "capability"),
+    [
+        *product(SHIPPED, ["bfloat16", "tf32"], [80, 90]),
+        *product(["1024_16x16_rank_1", "768_64x64_rank_1"], ["float32"], [80]),  # some ten seconds a kernel
+    ],
+)
 def test_all_compiled_without_spills(own_cache, monkeypatch, name, precision, capability):
     tf32 = precision == "tf32"
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
