@@ -6,8 +6,8 @@ import torch
 
 from kron_hf.bench.layers import ModelLayer
 from kron_hf.factors import kron_flops
-from kron_hf.ops import cost
-from kron_hf.ops.backend import backward_path, forced_backend, forward_path, path_name
+from kron_hf.ops import cost, fused
+from kron_hf.ops.backend import backward_path, forced_backend, forward_path, fused_first, path_name
 
 __all__ = ["SPEED_UP", "Choice", "choose", "total_ratio"]
 
@@ -55,6 +55,8 @@ def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: i
     }
     forward, backward, input_gradient = forward_path(shape), backward_path(shape), forward_path(shape.transposed)
     chosen = [path_name(forward), path_name(backward)] if training and forward != backward else [path_name(forward)]
+    if fused_first(shape) and fused.supports(shape) and device_type == "cuda":
+        chosen = ["fused"]
     chosen_ratio = ratio(cost.forward_cost(shape, forward), cost.backward_cost(shape, backward, input_gradient))
     reason = None if chosen_ratio < SPEED_UP else _reason(layer, tokens)
     forced = "" if forced_backend() is None else " (KRON_HF_BACKEND)"

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from kron_hf.ops import cost
 from kron_hf.ops.cost import Factored, Shape
 
-__all__ = ["BACKENDS", "VARIABLE", "backward_path", "forced_backend", "forward_path", "path_name"]
+__all__ = ["BACKENDS", "VARIABLE", "backward_path", "forced_backend", "forward_path", "fused_first", "path_name"]
 
 VARIABLE = "KRON_HF_BACKEND"
 BACKENDS = (
@@ -55,6 +55,12 @@ def backward_path(shape: Shape) -> Factored | None:
     if name is None or not _serves(name):
         return cost.backward_path(shape)
     return min(_named(name, shape), key=lambda path: cost.backward_cost(shape, path), default=None)
+
+
+def fused_first(shape: Shape) -> bool:
+    """Whether the Triton kernels are tried before the way that `forward_path` or `backward_path` says."""
+    name = forced_backend()
+    return name == "fused" or (name is None and cost.fused_wins(shape))
 
 
 def path_name(path: Factored | None) -> str:

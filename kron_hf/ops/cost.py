@@ -22,6 +22,7 @@ __all__ = [
     "factored_paths",
     "forward_cost",
     "forward_path",
+    "fused_wins",
     "worth_dropping",
 ]
 
@@ -236,3 +237,21 @@ def _call_cost(shape: Shape, path: Factored, calls: int) -> float:
     """Of that many calls a chunk, a token."""
     chunks = -(-shape.tokens // path.chunk)
     return calls * _CALL_COST * chunks / max(1, shape.tokens)
+
+
+def fused_wins(shape: Shape) -> bool:
+    """Whether the Triton kernels of `fused` are to be tried first.
+
+    Arithmetic, not measured: on devices of the H200's class the product must be large, and bound by memory rather than
+    by multiply-adds, as it is not in float32.
+    """
+    smaller, larger = sorted((shape.block_out, shape.block_in))
+    return (
+        shape.device_type == "cuda"
+        and shape.dtype in (torch.bfloat16, torch.float16)
+        and shape.tokens >= 8192
+        and 2 * shape.in_features * shape.out_features >= 768 * (shape.in_features + shape.out_features)
+        and smaller >= 16
+        and larger <= 32
+        and shape.rank <= smaller // 4
+    )

@@ -1,11 +1,12 @@
-"""The kernels of `kron_linear` in plain PyTorch, for every device."""
+"""The kernels of `kron_linear`: in plain PyTorch, for every device, and the door to the fused ones."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kron_hf.factors import to_blocks
-from kron_hf.ops.backend import backward_path, forward_path
+from kron_hf.ops import fused
+from kron_hf.ops.backend import backward_path, forward_path, fused_first
 from kron_hf.ops.cost import Factored, Shape
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
@@ -40,11 +41,7 @@ def backward(
     grad_x = grad_m = grad_b = None
     if need_s or need_a or need_b:
         rows = _rows(x)
-        path = backward_path(_shape(rows, m, b))
-        if path is None:
-            grad_m, grad_b = _dense_parameter_gradients(g, rows, m, b)
-        else:
-            grad_x, grad_m, grad_b = _factored_gradients(path, g, rows, m, b, need_x)
+        grad_x, grad_m, grad_b = _gradients(g, rows, m, b, need_x)
     if need_x and grad_x is None:
         grad_x = _product(g, m.transpose(1, 2), b.transpose(1, 2), None)
     grads = (
@@ -70,7 +67,11 @@ def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
 
 def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`rows W^T + bias` with `W = sum_i m_i (x) b_i`."""
-    path = forward_path(_shape(rows, m, b))
+    shape = _shape(rows, m, b)
+    fused_out = fused.product(shape, rows, m, b, bias) if fused_first(shape) else None
+    if fused_out is not None:
+        return fused_out
+    path = forward_path(shape)
     if path is None:
         return F.linear(rows, _weight(m, b), bias)
     layout = _layout(path, m, b)
@@ -82,6 +83,18 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         else:
             layout.finish(layout.pull(layout.prepare(x)), bias, y)
     return out
+
+
+def _gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients for x (None if not needed, or not found on the way), M and B."""
+    shape = _shape(rows, m, b)
+    fused_grads = fused.gradients(shape, g, rows, m, b, need_x) if fused_first(shape) else None
+    if fused_grads is not None:
+        return fused_grads
+    path = backward_path(shape)
+    if path is None:
+        return None, *_dense_parameter_gradients(g, rows, m, b)
+    return _factored_gradients(path, g, rows, m, b, need_x)
 
 
 def _layout(path: Factored, m: Tensor, b: Tensor) -> Layout:
