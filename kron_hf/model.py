@@ -16,7 +16,7 @@ from kron_hf.escaping import shown
 from kron_hf.surgery import make_layers
 from kron_hf.targets import Target, find_targets
 
-__all__ = ["get_kron_model", "init_method", "model_class_for"]
+__all__ = ["build_untrained", "get_kron_model", "init_method", "model_class_for"]
 
 
 CHOICES = """\
@@ -162,8 +162,12 @@ def _build_base(
     with clean_errors(name):
         if pretrained:
             return model_class.from_pretrained(name, **revision, **kwargs)
-        build = getattr(model_class, "from_config", None) or model_class._from_config
-        return build(model_config, **unused)
+        return build_untrained(model_class, model_config, **unused)
+
+
+def build_untrained(model_class: Any, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """A model of a class, or of what an auto class finds, with random weights."""
+    return (getattr(model_class, "from_config", None) or model_class._from_config)(config, **kwargs)
 
 
 def model_class_for(config: PreTrainedConfig, with_head: bool) -> Any:

@@ -244,7 +244,7 @@ def cuda_graph_and_compile(device):
 
 WIDE = {f"values_{name}": partial(values, name=name, dtypes=(torch.float32,)) for name in SHAPES}
 WIDE |= {f"narrow_{name}": partial(values, name=name, dtypes=(torch.bfloat16, torch.float16)) for name in NARROW}
-MORE = {name: WIDE.pop(name) for name in SLOW}
+MORE = {name: WIDE.pop(name) for name in [*SLOW, *(name for name in WIDE if name.startswith("narrow_"))]}
 CORE = WIDE | {
     function.__name__: function
     for function in (

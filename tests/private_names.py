@@ -19,6 +19,7 @@ PRIVATE = {
     "_AutoDispatchBelowAutograd": "ops/operator.py",
     "_C": "ops/operator.py",
     "_parameters": "peft_tuner/layer.py",
+    "_version": "ops/folded.py",
     # transformers
     "_from_config": "model.py",
     "_hf_peft_config_loaded": "peft_tuner/model.py",

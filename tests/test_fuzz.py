@@ -82,6 +82,7 @@ def test_damaged_checkpoints(figures):
     check_checkpoints(0, 240, figures)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_in_selection(figures):
     check_checkpoints(0, 76, figures, "selection")
 

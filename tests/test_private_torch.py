@@ -18,6 +18,17 @@ def test_dispatch_below_autograd():
     assert torch.ops.aten.mul.Tensor(x, x).grad_fn is not None
 
 
+@relies_on("torch", "_version")
+def test_tensor_version():
+    """A tensor's _version grows with every write into it, of an optimizer, too, and not with reads."""
+    parameter = nn.Parameter(torch.ones(2))
+    before = parameter._version
+    parameter.sum().backward()
+    assert parameter._version == before
+    torch.optim.SGD([parameter], lr=0.1).step()
+    assert parameter._version > before
+
+
 class Recorder(nn.Linear):
     """A linear that notes which of the overridden methods torch called, and with what."""
 

@@ -10,7 +10,7 @@ from kron_hf.checkpoint import KronCheckpointConfig, strip_kron_config
 from kron_hf.checkpoint.reading import clean_errors
 from kron_hf.config import KronConfig
 from kron_hf.escaping import plain
-from kron_hf.model import model_class_for
+from kron_hf.model import build_untrained, model_class_for
 from kron_hf.ops.cost import Shape
 from kron_hf.targets import find_targets
 
@@ -74,7 +74,7 @@ def model_layers(name: str, config: Any, conversion: Mapping[str, Any]) -> list[
     strip_kron_config(config)
     model_class = model_class_for(config, with_head=False)
     with clean_errors(name), torch.device("meta"):
-        model = (getattr(model_class, "from_config", None) or model_class._from_config)(config)
+        model = build_untrained(model_class, config)
     found: dict[tuple[Any, ...], list[str]] = {}
     for target in find_targets(model, wanted, compare_cost=False):
         linear = target.linear

@@ -1,4 +1,7 @@
-"""The factors of a layer as evaluation needs them: S inside A, without block rows and columns that are all zero."""
+"""The factors of a layer as evaluation needs them: S inside A, without block rows and columns that are all zero.
+
+`Tensor._version`, which torch does not document, tells whether a factor has been written to.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
