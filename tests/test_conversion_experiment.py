@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.conversion import images, run
 from examples.conversion.plan import PLAN, Conversion
-from examples.conversion.report import table
+from examples.conversion.report import differences, table
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,23 @@ def test_a_conversion_is_measured_and_shown(conversion, backbone, noise):
     header, _, dense, line = table([row]).splitlines()
     assert header.count("|") == dense.count("|") == line.count("|")
     assert f"| {row['params_of_dense']:.3f} |" in line
+
+
+def test_chosen_shapes_are_compared_with_low_rank_seed_by_seed():
+    plain = {"budget": 0.04, "mixed": False, "distill_steps": 0, "refit": 0.5, "photograph_refit": 0.0}
+    rows = [
+        plain | {"menu": menu, "seed": seed, "kept": kept, "photograph_kept": 1.0 if menu else 0.75}
+        for menu, seed, kept in [
+            (None, 0, 0.7),
+            (None, 1, 0.8),
+            (None, 2, 0.1),
+            ([[1, -1]], 1, 0.6),
+            ([[1, -1]], 0, 0.6),
+        ]
+    ]
+    rows.append(rows[0] | {"mixed": True, "kept": 0.0})
+    last = differences(rows).splitlines()[-1]
+    assert last == "| 0.04 | +0.000 ± 0.000 | +0.150 ± 0.050 | +0.000 ± 0.000 | -0.250 ± 0.000 | 2 |"
 
 
 def test_all_declared_conversions_differ():

@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.conversion.run import RESULTS
 
-__all__ = ["main", "table"]
+__all__ = ["differences", "main", "table"]
 
 Row = dict[str, Any]
 HEADER = (
@@ -30,6 +30,31 @@ def table(rows: list[Row]) -> str:
     lines = [HEADER, ["---"] * len(HEADER), ["dense", "1", "1", *scores, "0", "0", "", ""]]
     lines += [_line(name, group) for name, group in groups.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(rows: list[Row]) -> str:
+    """What chosen shapes keep above low rank with the same budget and images; mean and standard error over seeds."""
+    chosen, low_rank = (
+        {(row["budget"], row["seed"]): row for row in rows if _is_plain(row) and (row["menu"] is None) is free}
+        for free in (True, False)
+    )
+    keys = ("refit", "kept", "photograph_refit", "photograph_kept")
+    lines = [("budget", "refit", "kept", "photographs: refit", "kept", "seeds"), ["---"] * 6]
+    for budget in dict.fromkeys(budget for budget, _ in chosen):
+        seeds = [seed for other, seed in chosen if other == budget and (budget, seed) in low_rank]
+        pairs = [(chosen[budget, seed], low_rank[budget, seed]) for seed in seeds]
+        if len(pairs) > 1:
+            values = ([mine[key] - theirs[key] for mine, theirs in pairs] for key in keys)
+            lines.append([f"{budget:g}", *(_signed(each) for each in values), str(len(pairs))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_plain(row: Row) -> bool:
+    return row["budget"] is not None and not row["mixed"] and not row["distill_steps"]
+
+
+def _signed(values: list[float]) -> str:
+    return f"{mean(values):+.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def _name(row: Row) -> str:
@@ -65,7 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    print(table([json.loads(line) for line in options.results.open()]))
+    rows = [json.loads(line) for line in options.results.open()]
+    print(f"{table(rows)}\n\nChosen shapes minus low rank:\n\n{differences(rows)}")
 
 
 if __name__ == "__main__":
