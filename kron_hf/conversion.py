@@ -1,18 +1,16 @@
 """`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
 from kron_hf.calibration.allocation import LayerChoices, allocate
-from kron_hf.calibration.batches import Batch, Batches, SpreadBatches, few_examples, is_label
+from kron_hf.calibration.batches import Batch, SpreadBatches, few_examples
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.gradients import OutputGradients, output_gradients
@@ -25,9 +23,9 @@ from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
 from kron_hf.calibration.token_weights import TokenWeights, first_token_weights
 from kron_hf.calibration_config import CalibrationConfig
+from kron_hf.calibration_data import model_batches
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
-from kron_hf.escaping import shown
 from kron_hf.evaluation_mode import evaluation
 from kron_hf.layers import KronLinear
 from kron_hf.surgery import replace_modules
@@ -102,7 +100,7 @@ class _Calibrating:
     def __init__(self, model: nn.Module, config: KronConfig, data: Any) -> None:
         self.model, self.config, self.options = model, config, _options(config)
         self.targets = check_conversion(model, config)
-        self.batches = _batches(model, data, self.options)
+        self.batches = model_batches(model, data, self.options)
         with evaluation(model):
             first = next(iter(self.batches))
             self.route = find_route(model, [target.name for target in self.targets], first)
@@ -280,37 +278,6 @@ def _check_targets(targets: Sequence[Target]) -> None:
             )
         if target.candidates:
             raise ValueError(f"{target.name}: candidates are chosen in a training, calibration fits one size")
-
-
-def _batches(model: nn.Module, data: Any, options: CalibrationConfig) -> Batches:
-    parameter = next(model.parameters())
-    return Batches(
-        data,
-        collate=_collate_for(model),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
-
-
-def _collate_for(model: nn.Module) -> Callable[[list[Any]], Any]:
-    """Trainer's default collator, on the columns that the model takes."""
-    accepted = [name for name in inspect.signature(model.forward).parameters if not is_label(name)]
-
-    def collate(examples: list[Any]) -> Any:
-        first = [each[0] if isinstance(each, tuple | list) else each for each in examples]
-        if not isinstance(first[0], Mapping):
-            return default_collate(first)
-        columns = [{name: value for name, value in each.items() if name in accepted} for each in first]
-        if not columns[0]:
-            raise ValueError(
-                f"calibration_data has the columns {shown(sorted(map(str, first[0])))}, and {type(model).__name__} "
-                f"takes none of them, but {', '.join(accepted)}: let the model's processor make its inputs of the data"
-            )
-        return default_data_collator(columns)
-
-    return collate
 
 
 def _first_token_alone(model: nn.Module, route: Route, batch: Batch, options: CalibrationConfig) -> bool:

@@ -26,7 +26,7 @@ ORDER = [
     {"calibration_config"},
     {"config", "layers"},
     {"sparsity", "selection", "calibration", "distillation", "checkpoint", "targets"},
-    {"inference", "param_groups", "surgery"},
+    {"calibration_data", "inference", "param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},
     {"model_card", "peft_tuner"},
