@@ -24,8 +24,9 @@ class CalibrationConfig:
             reads that token alone.
         ridge: Added to the diagonal of the inputs' covariance in a fit, times its mean; at least 0.
         sweeps: Sweeps of the alternating least squares over A and B; low rank needs none.
-        held_out: Share of the calibration examples, in [0, 1), by which a budget's options are compared, when each has
-            been fitted to the others. 0: by those that they were fitted to. What is chosen is then fitted to all.
+        held_out: Share of the examples, in [0, 1), by which a budget's options are compared, when each has been fitted
+            to the others; about 512 examples of the calibration data take part. 0: by those that they were fitted to.
+            What is chosen is then fitted to all.
         menu_shapes: Block sizes that a budget chooses from, as in `KronConfig.block_size`; dense is always offered.
             None: low rank and blocks of 4 x 64, or what comes nearest to it in a layer.
         flops_weight: Weight of the other cost. With `target_params` an option is offered to a layer only if none that

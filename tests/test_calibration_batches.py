@@ -135,3 +135,11 @@ def test_few_examples_are_taken_where_all_tensors_agree_on_what_one_is():
 def test_a_single_batch_is_to_be_put_into_a_list():
     with pytest.raises(TypeError, match=r"got dict; if it is a batch, pass \[batch\]"):
         Batches({"pixel_values": torch.zeros(3, 1, 2, 2)})
+
+
+def test_a_loader_that_does_not_know_its_length_is_counted():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.arange(10.0)[:, None])
+
+    assert len(Batches(DataLoader(Stream(), batch_size=4))) == 3

@@ -198,3 +198,12 @@ def test_linears_with_the_same_input_share_the_sum_of_their_weights():
     assert weights.keys() == {"q", "o"}
     assert weights["q"](batch, x).tolist() == [9.0, 3.0, 3.0]
     assert weights["o"](batch, x).tolist() == [5.0, 4.0, 4.0]
+
+
+def test_the_device_that_torch_defaults_to_does_not_matter():
+    model, batch = tiny.vit(), {"pixel_values": tiny.pixels(4)}
+    name = "vit.layers.0.mlp.fc1"
+    wanted = output_gradients(model, [name], [batch], features=model.base_model)[name]
+    with torch.device("meta"):
+        found = output_gradients(model, [name], [batch], features=model.base_model)[name]
+    assert torch.equal(found.outputs, wanted.outputs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ class Batches:
 
     def __len__(self) -> int:
         """Number of batches; takes a pass if the source does not know it."""
-        return len(self._loader) if isinstance(self._loader, Sized) else sum(1 for _ in self)
+        if self._length is None and isinstance(self._loader, Sized):
+            with suppress(TypeError):  # a DataLoader over an iterable data set has a length and does not know it
+                return len(self._loader)
+        return sum(1 for _ in self) if self._length is None else self._length
 
     def _check_same(self, index: int, batch: Batch) -> None:
         total = sum(float(v.cpu().double().sum()) for v in batch.values() if isinstance(v, Tensor))

@@ -55,8 +55,9 @@ class DenseTargets:
                 for stage in block.stages:
                     stack.enter_context(self._seeing(stage, collected[-1]))
                 yield
+            collected[-1] = {name: value.cpu() for name, value in collected[-1].items()}
 
-        if self.side.keeps and 4 * numbers * self._examples <= MEMORY:
+        if self.side.keeps and numbers * self._examples * next(self.model.parameters()).element_size() <= MEMORY:
             self.side.finish(block.name, collecting)
             self._collected = collected if self.side.keeps else None
 
@@ -69,7 +70,8 @@ class DenseTargets:
     def wanted(self, index: int, batch: Batch, stage: tuple[str, ...]) -> list[Tensor]:
         """Of each linear of a stage, for one batch; asked for once."""
         if self._collected is not None:
-            return [self._collected[index].pop(name) for name in stage]
+            device = next(self.model.parameters()).device
+            return [self._collected[index].pop(name).to(device) for name in stage]
         found: dict[str, Tensor] = {}
         with self.side.at(index), self._seeing(stage, found, stage[-1]):
             run(self.model, batch)

@@ -74,7 +74,7 @@ def output_gradients(
             found = [each[:, 0] if each.ndim == 3 else each for each in found]
         for index, feature in enumerate(found):
             spreads.setdefault(index, _Spread()).add(feature)
-            generators.setdefault(index, torch.Generator().manual_seed(index))
+            generators.setdefault(index, torch.Generator("cpu").manual_seed(index))
         signs = [_random_signs(feature, generators[index]) for index, feature in enumerate(found)]
         for index, name, gradient in _gradients(outputs, found, signs):
             sums[name].setdefault(index, _Sums(name)).add(gradient, batch)
@@ -146,7 +146,7 @@ def _gradients(
 
 def _random_signs(feature: Tensor, generator: torch.Generator) -> Tensor:
     """1 or -1 for each number; those of an example do not depend on how examples are batched."""
-    drawn = [torch.randint(2, feature.shape[1:], generator=generator) for _ in range(len(feature))]
+    drawn = [torch.randint(2, feature.shape[1:], generator=generator, device="cpu") for _ in range(len(feature))]
     return (torch.stack(drawn) * 2 - 1).to(feature)
 
 
@@ -155,7 +155,7 @@ class _Spread:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.sums = self.squares = torch.zeros(())
+        self.sums = self.squares = torch.zeros((), device="cpu")
 
     def add(self, feature: Tensor) -> None:
         values = (feature if feature.ndim > 1 else feature[:, None]).detach().double().flatten(0, -2).cpu()
@@ -201,7 +201,7 @@ def _mean(
     if not sums:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        return OutputGradients(torch.zeros(linear.out_features, dtype=torch.float64), None, None)
+        return OutputGradients(torch.zeros(linear.out_features, dtype=torch.float64, device="cpu"), None, None)
     index = min(sums)
     own, variance = sums[index], variances[index] or 1.0
     assert own.outputs is not None
