@@ -96,6 +96,13 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.fixture
+def restored_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "dtype", "capability"),
@@ -118,9 +125,8 @@ def test_compiled_without_spills(own_cache, name, dtype, capability):
         *product(["1024_16x16_rank_1", "768_64x64_rank_1"], ["float32"], [80]),  # some ten seconds a kernel
     ],
 )
-def test_all_compiled_without_spills(own_cache, monkeypatch, name, precision, capability):
-    tf32 = precision == "tf32"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+def test_all_compiled_without_spills(own_cache, restored_tf32, name, precision, capability):
+    torch.backends.cuda.matmul.allow_tf32 = tf32 = precision == "tf32"
     assert_fits(SHIPPED[name], torch.float32 if tf32 else getattr(torch, precision), capability)
 
 

@@ -80,9 +80,8 @@ def transposed_product_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
     tokens = _tokens(limits, pad_out, pad_in)
     in_ = _blocks(shape.in_blocks, limits.entries // (tokens * max(rank * pad_out * spread, pad_in)))
     in_ = max(in_, _MMA_K // tokens)  # K of dB is in_ * tokens
-    return Tiles(
-        tokens, _step(shape.out_blocks, limits.step), in_, rank, pad_out, pad_in, spread, limits.warps, limits.stages
-    )
+    warps = limits.warps if rank * pad_out > 8 else 4  # more registers a thread: with 8 warps ptxas spills some
+    return Tiles(tokens, _step(shape.out_blocks, limits.step), in_, rank, pad_out, pad_in, spread, warps, limits.stages)
 
 
 def grad_m_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
