@@ -17,7 +17,7 @@ FACTORED = [name for name in backend.BACKENDS if name.count("-") == 3]
 @pytest.fixture
 def environment(monkeypatch):
     """Sets `KRON_HF_BACKEND` as a new process would find it."""
-    caches = (backend.forced_backend, backend.forward_path, backend.backward_path)
+    caches = (backend.forced_backend, backend.forward_path, backend.backward_path, backend.fused_first)
     caches = (*caches, backend._say_that_fused_does_not_serve)
 
     def forget():
@@ -129,6 +129,32 @@ def test_building_w_costs_more_than_a_dense_product():
     dense = SHAPE.in_features * SHAPE.out_features
     assert dense < cost.forward_cost(SHAPE, None) < 1.2 * dense
     assert cost.forward_cost(SHAPE._replace(tokens=1), None) > 30 * dense  # W is built for one token
+
+
+def test_threads_that_are_not_there_are_not_woken():
+    few = SHAPE._replace(tokens=1, out_blocks=96, in_blocks=96, block_out=8, block_in=8, rank=1)
+    alone, two = (few._replace(threads=threads) for threads in (1, 2))
+    assert cost.forward_path(alone) is not None  # one thread: measured at a quarter of building W
+    for path in (None, *cost.factored_paths(few)):
+        assert cost.forward_cost(two, path) > cost.forward_cost(alone, path) + 3 * 15e6
+
+
+def test_few_tokens_pay_for_reading_w():
+    assert cost.dense_cost(SHAPE) == pytest.approx(768 * 768, rel=0.01)
+    assert cost.dense_cost(SHAPE._replace(tokens=1)) > 5 * 768 * 768
+    assert cost.dense_cost(SHAPE._replace(tokens=1, device_type="cuda")) == 768 * 768
+
+
+def test_a_shape_knows_the_threads_that_compute():
+    m, b = torch.empty(2, 3, 4), torch.empty(2, 5, 6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert cost.Shape.of(7, m, b) == cost.Shape("cpu", torch.float32, 7, 3, 4, 5, 6, 2, threads=3)
+        on_meta = cost.Shape.of(7, m.to("meta", torch.bfloat16), b.to("meta", torch.bfloat16))
+        assert on_meta == cost.Shape("meta", torch.bfloat16, 7, 3, 4, 5, 6, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_on_other_devices_multiply_adds_are_counted_alone():

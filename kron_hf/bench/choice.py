@@ -43,7 +43,7 @@ class Choice:
 def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: int, training: bool) -> Choice:
     """What `kron_linear` does for a layer, in the forward, or in forward and backward if `training`."""
     shape = layer.shape(device_type, dtype, tokens)
-    dense = shape.in_features * shape.out_features * (3 if training else 1)
+    dense = cost.dense_cost(shape) * (3 if training else 1)
 
     def ratio(forward: float, backward: float) -> float:
         return (forward + backward * training) / dense

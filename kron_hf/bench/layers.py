@@ -41,7 +41,8 @@ class ModelLayer:
         """What the way to compute it is chosen by."""
         (block_out, block_in), rank = self.block_size, self.rank
         blocks = (self.out_features // block_out, self.in_features // block_in)
-        return Shape(device_type, dtype, tokens, *blocks, block_out, block_in, rank)
+        threads = torch.get_num_threads() if device_type == "cpu" else 1
+        return Shape(device_type, dtype, tokens, *blocks, block_out, block_in, rank, threads)
 
     def __str__(self) -> str:
         first, more = plain(self.names[0]), ", ..." if len(self.names) > 1 else ""

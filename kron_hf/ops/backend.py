@@ -57,6 +57,7 @@ def backward_path(shape: Shape) -> Factored | None:
     return min(_named(name, shape), key=lambda path: cost.backward_cost(shape, path), default=None)
 
 
+@lru_cache(maxsize=4096)
 def fused_first(shape: Shape) -> bool:
     """Whether the Triton kernels are tried before the way that `forward_path` or `backward_path` says."""
     name = forced_backend()

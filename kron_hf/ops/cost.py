@@ -1,9 +1,9 @@
 """Which way of computing a Kronecker-sparse product is cheapest for given shapes.
 
-Costs are in multiply-adds of a large dense product, a token. On CPUs they are fitted to measurements on one core of an
-AVX-512 machine (torch 2.13, MKL): a factored product costs its own multiply-adds at a lower rate, and something for
-every float of input and output, which stands for the traffic, and for each call.
-`examples/benchmarks/kron_linear_cpu.py` shows how well the choices hold on a given machine.
+Costs are in multiply-adds of a large dense product, a token. On CPUs they are fitted to measurements (`cpu_costs`): a
+factored product costs its own multiply-adds at a lower rate, and something for every float of input and output, which
+stands for the traffic, and for each call.
+`python -m examples.benchmarks.run paths` shows how well the choices hold on a given machine.
 """
 
 from functools import lru_cache
@@ -12,6 +12,9 @@ from math import log2
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
+from kron_hf.ops.cpu_costs import CpuCosts, Rates, cpu_costs
 
 __all__ = [
     "Dropped",
@@ -19,6 +22,7 @@ __all__ = [
     "Shape",
     "backward_cost",
     "backward_path",
+    "dense_cost",
     "factored_paths",
     "forward_cost",
     "forward_path",
@@ -28,7 +32,7 @@ __all__ = [
 
 
 class Shape(NamedTuple):
-    """All that decides the way: so it is the same in every process, whatever the values are."""
+    """All that decides the way: so it is the same in every process with as many threads, whatever the values are."""
 
     device_type: str
     dtype: torch.dtype
@@ -38,6 +42,15 @@ class Shape(NamedTuple):
     block_out: int
     block_in: int
     rank: int
+    threads: int = 1
+
+    @classmethod
+    def of(cls, tokens: int, m: Tensor, b: Tensor) -> "Shape":
+        """That of a product of so many tokens with factors m `[rank, O, I]` and b `[rank, bo, bi]`."""
+        (rank, out_blocks, in_blocks), (_, block_out, block_in) = m.shape, b.shape
+        kind = b.device.type
+        threads = torch.get_num_threads() if kind == "cpu" else 1
+        return cls(kind, b.dtype, tokens, out_blocks, in_blocks, block_out, block_in, rank, threads)
 
     @property
     def out_features(self) -> int:
@@ -71,30 +84,6 @@ class Factored(NamedTuple):
     chunk: int
 
 
-class _Rates(NamedTuple):
-    """Cost of a multiply-add and of a float of input or output, forward and backward."""
-
-    forward: float
-    forward_float: float
-    backward: float
-    backward_float: float
-
-
-_CPU_RATES = {
-    "token_major": _Rates(1.25, 15, 1.45, 30),
-    "token_last": _Rates(1.1, 46, 1.4, 80),
-}
-_CPU_RATES_BY_DTYPE = {
-    # The dense product is twice as fast here, moving data is not.
-    torch.bfloat16: {"token_major": _Rates(1.2, 54, 1.5, 200), "token_last": _Rates(1.0, 154, 1.7, 250)},
-    # Small products have no fast kernel; the dense backward has none either, so that factors win there anyway.
-    torch.float16: {"token_major": _Rates(5, 20, 1.45, 40), "token_last": _Rates(22, 46, 1.4, 95)},
-}
-_BUILD_COST = 30  # an entry of W: to build it
-_WEIGHT_GRADIENT_COST = 80  # an entry of W: to reduce its gradient to those of M_i and B_i
-_GATHER_COST = 25  # a float of the input, to gather it with other living blocks
-_FILL_COST = 9  # a float of the output, to fill it before what lives is written into it
-_CALL_COST = 15e6  # to wake the other threads for one call of torch: 0.15 ms, where OpenMP threads sleep in between
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
@@ -115,7 +104,7 @@ def forward_path(shape: Shape) -> Factored | None:
     """The cheapest way to `x W^T`; None is to build W."""
     path = min(_candidates(shape), key=lambda path: forward_cost(shape, path))
     if shape.device_type != "cpu":
-        return path if forward_cost(shape, path) <= _dense_cost(shape) / 4 else None
+        return path if forward_cost(shape, path) <= dense_cost(shape) / 4 else None
     return path if forward_cost(shape, path) < _MARGIN * forward_cost(shape, None) else None
 
 
@@ -124,35 +113,43 @@ def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
     path = min(_candidates(shape), key=lambda path: backward_cost(shape, path))
     if shape.device_type != "cpu":
-        return path if sum(_multiply_adds(shape, path)) <= _dense_cost(shape) / 4 else None
+        return path if sum(_multiply_adds(shape, path)) <= dense_cost(shape) / 4 else None
     built = backward_cost(shape, None, forward_path(shape.transposed))
     return path if backward_cost(shape, path) < built else None
 
 
+def dense_cost(shape: Shape) -> float:
+    """What `nn.Linear` costs; on other devices than CPUs multiply-adds alone."""
+    return shape.in_features * shape.out_features + _once(shape, _costs(shape).read)
+
+
 def forward_cost(shape: Shape, path: Factored | None) -> float:
-    """What a way to `x W^T` costs; `nn.Linear` costs `in * out`. On other devices than CPUs multiply-adds alone."""
+    """What a way to `x W^T` costs; `nn.Linear` costs `dense_cost`. On other devices than CPUs multiply-adds alone."""
     if path is None:
-        return _dense_cost(shape, _BUILD_COST, calls=3)
+        return dense_cost(shape) + _once(shape, _costs(shape).build, _product(shape, 3))
     products = sum(_multiply_adds(shape, path))
     if shape.device_type != "cpu":
         return products
     rates, floats = _rates(shape, path), shape.in_features + shape.out_features
-    return rates.forward * products + rates.forward_float * floats + _call_cost(shape, path, _CALLS[path.layout][0])
+    calls = _CALLS[path.layout][0] * _chunks(shape, path)
+    return rates.forward * products + rates.forward_float * floats + _once(shape, extra=_product(shape, calls))
 
 
 def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | None = None) -> float:
-    """What a way to all gradients costs; `nn.Linear` costs `2 * in * out`. See `forward_cost`.
+    """What a way to all gradients costs; `nn.Linear` costs twice `dense_cost`. See `forward_cost`.
 
     Where path is None, `input_path` is the way to the gradient of x, a product with W^T.
     """
     if path is None:
-        return _dense_cost(shape, _WEIGHT_GRADIENT_COST, calls=4) + forward_cost(shape.transposed, input_path)
+        reduced = _once(shape, _costs(shape).weight_gradient, _product(shape, 4))
+        return dense_cost(shape) + reduced + forward_cost(shape.transposed, input_path)
     with_b, with_m = _multiply_adds(shape, path)
     products = 3 * with_b + 2 * with_m
     if shape.device_type != "cpu":
         return products
     rates, floats = _rates(shape, path), shape.in_features + shape.out_features
-    return rates.backward * products + rates.backward_float * floats + _call_cost(shape, path, _CALLS[path.layout][1])
+    calls = _CALLS[path.layout][1] * _chunks(shape, path)
+    return rates.backward * products + rates.backward_float * floats + _once(shape, extra=_product(shape, calls))
 
 
 def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropped:
@@ -168,24 +165,22 @@ def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropp
         for rows in {False, living_rows < shape.out_blocks}
         for columns in {False, living_columns < shape.in_blocks}
     ]
+    costs = _costs(shape)
 
     def cost(dropped: Dropped) -> float:
         smaller = shape._replace(
             out_blocks=living_rows if dropped.rows else shape.out_blocks,
             in_blocks=living_columns if dropped.columns else shape.in_blocks,
         )
-        gathered = _GATHER_COST * smaller.in_features if dropped.columns else 0
-        scattered = _scatter_cost(shape.block_out) * smaller.out_features + _FILL_COST * shape.out_features
-        calls = (dropped.columns + 3 * dropped.rows) * _CALL_COST / max(1, shape.tokens)
+        gathered = costs.gather * smaller.in_features if dropped.columns else 0
+        scatter = costs.scatter + costs.scatter_run / shape.block_out
+        scattered = scatter * smaller.out_features + costs.fill * shape.out_features if dropped.rows else 0
         product = forward_cost(smaller, forward_path(smaller))
-        return product + gathered + (scattered if dropped.rows else 0) + calls
+        calls = costs.calls(dropped.columns + 3 * dropped.rows, shape.threads)
+        return product + gathered + scattered + _once(shape, extra=calls)
 
     best = min(options, key=cost)
     return best if cost(best) < _MARGIN * cost(nothing) else nothing
-
-
-def _scatter_cost(block_out: int) -> float:
-    return 25 + 280 / block_out  # short runs are slow to write
 
 
 def factored_paths(shape: Shape) -> list[Factored]:
@@ -223,20 +218,27 @@ def _multiply_adds(shape: Shape, path: Factored) -> tuple[int, int]:
     return shape.rank * with_b, shape.rank * with_m
 
 
-def _dense_cost(shape: Shape, once_per_entry: int = 0, calls: int = 0) -> float:
-    """One product with a dense weight, and what is done once for each of its entries."""
-    tokens = max(1, shape.tokens)
-    return shape.in_features * shape.out_features * (1 + once_per_entry / tokens) + calls * _CALL_COST / tokens
+def _costs(shape: Shape) -> CpuCosts:
+    return cpu_costs(shape.dtype, shape.threads)
 
 
-def _rates(shape: Shape, path: Factored) -> _Rates:
-    return _CPU_RATES_BY_DTYPE.get(shape.dtype, _CPU_RATES)[path.layout]
+def _rates(shape: Shape, path: Factored) -> Rates:
+    return _costs(shape).token_major if path.layout == "token_major" else _costs(shape).token_last
 
 
-def _call_cost(shape: Shape, path: Factored, calls: int) -> float:
-    """Of that many calls a chunk, a token."""
-    chunks = -(-shape.tokens // path.chunk)
-    return calls * _CALL_COST * chunks / max(1, shape.tokens)
+def _product(shape: Shape, calls: float) -> float:
+    return _costs(shape).product(calls, shape.threads)
+
+
+def _once(shape: Shape, per_entry: float = 0, extra: float = 0) -> float:
+    """What is done once for all tokens, with each entry of W and in addition: a token's share of it."""
+    if shape.device_type != "cpu":
+        return 0
+    return (per_entry * shape.in_features * shape.out_features + extra) / max(1, shape.tokens)
+
+
+def _chunks(shape: Shape, path: Factored) -> int:
+    return -(-shape.tokens // path.chunk)
 
 
 def fused_wins(shape: Shape) -> bool:

@@ -98,21 +98,22 @@ def fold(
     if any(source is not None and source.is_inference() for source in sources):
         raise ValueError("fold: the factors were made under torch.inference_mode, where changes are not tracked")
     masked = s if dead_blocks is None else s.masked_fill(dead_blocks, 0.0)
-    (rank, out_blocks, in_blocks), (block_out, block_in) = a.shape, b.shape[1:]
-    shape = cost.Shape(s.device.type, s.dtype, tokens, out_blocks, in_blocks, block_out, block_in, rank)
+    shape = cost.Shape.of(tokens, a, b)
     living = masked != 0
     rows, columns = living.any(1).nonzero().flatten(), living.any(0).nonzero().flatten()
     dropped = cost.worth_dropping(shape, len(rows), len(columns))
     left = shape._replace(
-        out_blocks=len(rows) if dropped.rows else out_blocks, in_blocks=len(columns) if dropped.columns else in_blocks
+        out_blocks=len(rows) if dropped.rows else shape.out_blocks,
+        in_blocks=len(columns) if dropped.columns else shape.in_blocks,
     )
     factored = cost.forward_cost(left, cost.forward_path(left))
-    known = (sources, _marks(sources), out_blocks)
-    if keep_weight and shape.out_features * shape.in_features <= factored:
+    known = (sources, _marks(sources), shape.out_blocks)
+    if keep_weight and cost.dense_cost(shape) <= factored:
         return Folded(*known, weight=kron_weight(masked, a, b))
     m = masked * a
     if dropped.rows:
         m = m.index_select(1, rows)
     if dropped.columns:
         m = m.index_select(2, columns)
+    m = m.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as layouts take it where B comes first: no copy each call
     return Folded(*known, m=m, rows=rows if dropped.rows else None, columns=columns if dropped.columns else None)

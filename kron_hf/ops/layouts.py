@@ -82,10 +82,10 @@ class Layout(ABC):
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
         """Uninitialised memory, the same for each chunk; the first chunk is the largest."""
-        size = prod(shape)
-        if name not in self._buffers:
-            self._buffers[name] = self.m.new_empty(size)
-        return self._buffers[name][:size].view(shape)
+        kept = self._buffers.get(name)
+        if kept is None:
+            kept = self._buffers[name] = self.m.new_empty(shape)
+        return kept if kept.shape == shape else kept.flatten()[: prod(shape)].view(shape)
 
 
 class TokenMajor(Layout):

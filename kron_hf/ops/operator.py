@@ -101,16 +101,13 @@ def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor 
 
 def _check(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
     """Raises unless shapes and dtypes fit together."""
-    dtype = x.dtype
-    tensors = {"x": x, "s": s, "a": a, "b": b, "bias": bias}
-    given = [tensor for tensor in tensors.values() if tensor is not None]
-    if not dtype.is_floating_point or any(tensor.dtype != dtype for tensor in given):
-        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None)
-        raise TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {dtypes}")
-    device = x.device
-    if any(tensor.device != device for tensor in given):  # a tensor on meta would give values nobody computed
-        devices = ", ".join(f"{tensor.device}" for tensor in given)
-        raise ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {devices}")
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise _mixture(x, s, a, b, bias)
+    for tensor in (s, a, b, bias):
+        # A tensor on meta would give values nobody computed.
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            raise _mixture(x, s, a, b, bias)
     blocks = a.shape[1:] if s is None else s.shape
     if len(blocks) != 2 or a.dim() != 3 or b.dim() != 3 or a.shape[1:] != blocks or a.shape[0] != b.shape[0]:
         raise ValueError(
@@ -128,3 +125,14 @@ def _check(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | Non
             f"kron_linear: bias must have shape [{out_features}] (O * bo = {blocks[0]} * {b.shape[1]}), "
             f"got {list(bias.shape)}"
         )
+
+
+def _mixture(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Exception:
+    """The error for dtypes or devices that do not fit."""
+    named = {"x": x, "s": s, "a": a, "b": b, "bias": bias}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    if not x.dtype.is_floating_point or any(tensor.dtype != x.dtype for tensor in given.values()):
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
+        return TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {dtypes}")
+    devices = ", ".join(f"{name} {tensor.device}" for name, tensor in given.items())
+    return ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {devices}")

@@ -1,5 +1,7 @@
 """The kernels of `kron_linear`: in plain PyTorch, for every device, and the door to the fused ones."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def forward(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | No
         with torch.autocast(x.device.type, enabled=False):
             return forward(x, s, a, b, bias)
     out = _product(_rows(x), a if s is None else s * a, b, bias)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def backward(
@@ -57,17 +59,12 @@ def backward(
 
 def _rows(x: Tensor) -> Tensor:
     """One token a row, contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _shape(rows: Tensor, m: Tensor, b: Tensor) -> Shape:
-    rank, out_blocks, in_blocks = m.shape
-    return Shape(rows.device.type, rows.dtype, rows.shape[0], out_blocks, in_blocks, b.shape[1], b.shape[2], rank)
+    return x.contiguous() if x.dim() == 2 else x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`rows W^T + bias` with `W = sum_i m_i (x) b_i`."""
-    shape = _shape(rows, m, b)
+    shape = Shape.of(len(rows), m, b)
     fused_out = fused.product(shape, rows, m, b, bias) if fused_first(shape) else None
     if fused_out is not None:
         return fused_out
@@ -76,8 +73,7 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rows, _weight(m, b), bias)
     layout = _layout(path, m, b)
     out = rows.new_empty(rows.shape[0], m.shape[1] * b.shape[1])
-    for start in range(0, rows.shape[0], path.chunk):
-        x, y = rows[start : start + path.chunk], out[start : start + path.chunk]
+    for x, y in _chunks(path.chunk, rows, out):
         if path.order == "b_first":
             layout.contract(layout.expand(x), bias, y)
         else:
@@ -85,9 +81,18 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _chunks(size: int, rows: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in chunks of that many tokens."""
+    if len(rows) <= size:
+        yield rows, out  # slices cost more than one would think, and few tokens have nothing to hide that behind
+        return
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size], out[start : start + size]
+
+
 def _gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients for x (None if not needed, or not found on the way), M and B."""
-    shape = _shape(rows, m, b)
+    shape = Shape.of(len(rows), m, b)
     fused_grads = fused.gradients(shape, g, rows, m, b, need_x) if fused_first(shape) else None
     if fused_grads is not None:
         return fused_grads

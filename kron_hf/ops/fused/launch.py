@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kron_hf.ops.cost import Shape
 from kron_hf.ops.fused.kernels import grad_m_kernel, product_kernel, transposed_product_kernel
-from kron_hf.ops.fused.tiles import LayerShape, Tiles, grad_m_tiles, product_tiles, transposed_product_tiles
+from kron_hf.ops.fused.tiles import Tiles, grad_m_tiles, product_tiles, transposed_product_tiles
 
 __all__ = ["Launch", "gradients", "gradients_launches", "product", "product_launch"]
 
@@ -50,20 +51,20 @@ def gradients(g: Tensor, x: Tensor, m: Tensor, b: Tensor, need_x: bool) -> tuple
 
 def product_launch(x: Tensor, m: Tensor, b: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
     """The launch that writes y."""
-    shape = _shape(m, b)
-    tiles = product_tiles(shape, x.dtype)
+    shape = Shape.of(len(x), m, b)
+    tiles = product_tiles(shape)
     tensors = {"u_ptr": x, "m_ptr": m, "b_ptr": b, "bias_ptr": y if bias is None else bias.contiguous(), "v_ptr": y}
     sizes = {"tokens": len(x), "out_blocks": shape.out_blocks, "in_blocks": shape.in_blocks}
     arguments = tensors | sizes | _m_strides(m) | _b_strides(b) | {"HAS_BIAS": bias is not None, "SPREAD": tiles.spread}
     grid = (_tiles(len(x), tiles.tokens) * _tiles(shape.out_blocks, tiles.out),)
-    return _launch(product_kernel, grid, arguments, shape, tiles, x.dtype)
+    return _launch(product_kernel, grid, arguments, shape, tiles)
 
 
 def gradients_launches(
     g: Tensor, x: Tensor, m: Tensor, b: Tensor, grad_x: Tensor | None
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches that write grad_x and the partial sums of dM and dB, and the partial sums."""
-    shape = _shape(m, b)
+    shape = Shape.of(len(x), m, b)
     m_launch, partial_m = _grad_m_launch(g, x, b, shape)
     b_launch, partial_b = _transposed_launch(g, x, m, b, shape, grad_x)
     launches = [m_launch, b_launch]
@@ -73,9 +74,9 @@ def gradients_launches(
 
 
 def _transposed_launch(
-    g: Tensor, x: Tensor, m: Tensor, b: Tensor, shape: LayerShape, grad_x: Tensor | None
+    g: Tensor, x: Tensor, m: Tensor, b: Tensor, shape: Shape, grad_x: Tensor | None
 ) -> tuple[Launch, Tensor]:
-    tiles = transposed_product_tiles(shape, x.dtype)
+    tiles = transposed_product_tiles(shape)
     in_tiles, rank_tiles = _tiles(shape.in_blocks, tiles.in_), _tiles(shape.rank, tiles.rank)
     programs, tiles_a_program = _ranges(_tiles(len(x), tiles.tokens), in_tiles * rank_tiles)
     partial = x.new_empty(programs * in_tiles, *b.shape, dtype=torch.float32)
@@ -88,11 +89,11 @@ def _transposed_launch(
         | {"WRITE_GRAD_X": grad_x is not None and rank_tiles == 1, "SPREAD": tiles.spread}
     )
     grid = (programs * in_tiles, rank_tiles)
-    return _launch(transposed_product_kernel, grid, arguments, shape, tiles, x.dtype), partial
+    return _launch(transposed_product_kernel, grid, arguments, shape, tiles), partial
 
 
-def _grad_m_launch(g: Tensor, x: Tensor, b: Tensor, shape: LayerShape) -> tuple[Launch, Tensor]:
-    tiles = grad_m_tiles(shape, x.dtype)
+def _grad_m_launch(g: Tensor, x: Tensor, b: Tensor, shape: Shape) -> tuple[Launch, Tensor]:
+    tiles = grad_m_tiles(shape)
     block_tiles = _tiles(shape.out_blocks, tiles.out) * _tiles(shape.in_blocks, tiles.in_)
     rank_tiles = _tiles(shape.rank, tiles.rank)
     programs, tiles_a_program = _ranges(_tiles(len(x), tiles.tokens), block_tiles * rank_tiles)
@@ -101,12 +102,10 @@ def _grad_m_launch(g: Tensor, x: Tensor, b: Tensor, shape: LayerShape) -> tuple[
     sizes = {"tokens": len(x), "tiles_a_program": tiles_a_program}
     sizes |= {"out_blocks": shape.out_blocks, "in_blocks": shape.in_blocks}
     grid = (block_tiles, rank_tiles, programs)
-    return _launch(grad_m_kernel, grid, tensors | sizes | _b_strides(b), shape, tiles, x.dtype), partial
+    return _launch(grad_m_kernel, grid, tensors | sizes | _b_strides(b), shape, tiles), partial
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], shape: LayerShape, tiles: Tiles, dtype: torch.dtype
-) -> Launch:
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], shape: Shape, tiles: Tiles) -> Launch:
     constants = {
         "RANK": shape.rank,
         "BLOCK_OUT": shape.block_out,
@@ -117,7 +116,7 @@ def _launch(
         "TILE_OUT": tiles.out,
         "TILE_IN": tiles.in_,
         "TILE_RANK": tiles.rank,
-        "PRECISION": _precision(dtype),
+        "PRECISION": _precision(shape.dtype),
     }
     return Launch(kernel, grid, arguments | constants, tiles.warps, tiles.stages)
 
@@ -130,11 +129,6 @@ def _ranges(token_tiles: int, others: int) -> tuple[int, int]:
 
 def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
-
-
-def _shape(m: Tensor, b: Tensor) -> LayerShape:
-    rank, out_blocks, in_blocks = m.shape
-    return LayerShape(out_blocks, in_blocks, b.shape[1], b.shape[2], rank)
 
 
 def _m_strides(m: Tensor) -> dict[str, int]:

@@ -1,30 +1,15 @@
-"""Tile sizes of the kernels, from the shape of the layer and the dtype alone.
+"""Tile sizes of the kernels, from the shape of the layer and its dtype alone.
 
 They keep the float32 tiles of a program in its registers: tests compile them for the targets and look for spills.
 """
 
 from typing import NamedTuple
 
-import torch
+from kron_hf.ops.cost import Shape
 
-__all__ = ["LayerShape", "Tiles", "grad_m_tiles", "product_tiles", "transposed_product_tiles"]
+__all__ = ["Tiles", "grad_m_tiles", "product_tiles", "transposed_product_tiles"]
 
 _MMA_K = 16  # the least K of a product on tensor cores
-
-
-class LayerShape(NamedTuple):
-    """Number of output and input blocks, their sizes, and the rank."""
-
-    out_blocks: int
-    in_blocks: int
-    block_out: int
-    block_in: int
-    rank: int
-
-    @property
-    def transposed(self) -> "LayerShape":
-        """The shape of the layer with weight `W^T`."""
-        return LayerShape(self.in_blocks, self.out_blocks, self.block_in, self.block_out, self.rank)
 
 
 class Tiles(NamedTuple):
@@ -58,9 +43,9 @@ _TRANSPOSED = {2: _Limits(8192, 128, 4, 64, 8, 2), 4: _Limits(4096, 64, 2, 16, 8
 _GRAD_M = {2: _Limits(8192, 128, 4, 64, 8, 2), 4: _Limits(4096, 64, 2, 32, 8, 2)}
 
 
-def product_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
+def product_tiles(shape: Shape) -> Tiles:
     """Tiles of `product_kernel`."""
-    limits = _PRODUCT[dtype.itemsize]
+    limits = _PRODUCT[shape.dtype.itemsize]
     pad_out, pad_in = _power_of_two(shape.block_out), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     tokens = _tokens(limits, pad_out, pad_in)
@@ -71,9 +56,9 @@ def product_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
     )
 
 
-def transposed_product_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
+def transposed_product_tiles(shape: Shape) -> Tiles:
     """Tiles of `transposed_product_kernel`."""
-    limits = _TRANSPOSED[dtype.itemsize]
+    limits = _TRANSPOSED[shape.dtype.itemsize]
     pad_out, pad_in = _power_of_two(shape.block_out), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     spread = max(1, _MMA_K // (rank * pad_out))
@@ -84,9 +69,9 @@ def transposed_product_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
     return Tiles(tokens, _step(shape.out_blocks, limits.step), in_, rank, pad_out, pad_in, spread, warps, limits.stages)
 
 
-def grad_m_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
+def grad_m_tiles(shape: Shape) -> Tiles:
     """Tiles of `grad_m_kernel`, which pads bo to 16 rather than to spread it."""
-    limits = _GRAD_M[dtype.itemsize]
+    limits = _GRAD_M[shape.dtype.itemsize]
     pad_out, pad_in = max(_MMA_K, _power_of_two(shape.block_out)), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     tokens = max(_MMA_K // pad_in, _tokens(limits, pad_out, pad_in))  # K of dM is tokens * pad_in
@@ -95,7 +80,7 @@ def grad_m_tiles(shape: LayerShape, dtype: torch.dtype) -> Tiles:
     return Tiles(tokens, out, in_, rank, pad_out, pad_in, 1, limits.warps, limits.stages)
 
 
-def _rank(limits: _Limits, shape: LayerShape, entries: int) -> int:
+def _rank(limits: _Limits, shape: Shape, entries: int) -> int:
     """Ranks a program, for that many entries a rank in the operand that holds B."""
     return max(1, min(_power_of_two(shape.rank), limits.rank, limits.entries // entries))
 
