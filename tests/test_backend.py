@@ -17,7 +17,7 @@ FACTORED = [name for name in backend.BACKENDS if name.count("-") == 3]
 @pytest.fixture
 def environment(monkeypatch):
     """Sets `KRON_HF_BACKEND` as a new process would find it."""
-    caches = (backend.forced_backend, backend.forward_path, backend.backward_path, backend.fused_first)
+    caches = (backend._named_by_environment, backend.forward_path, backend.backward_path, backend.fused_first)
     caches = (*caches, backend._say_that_fused_does_not_serve)
 
     def forget():
@@ -54,6 +54,22 @@ def test_the_environment_is_read_once(environment, monkeypatch):
     assert backend.forced_backend() == "build-w"
     monkeypatch.setenv(backend.VARIABLE, "token-last")
     assert backend.forced_backend() == "build-w"
+
+
+def test_a_way_is_forced_for_a_while(environment):
+    environment("token-last")
+    with backend.forced("build-w"):
+        assert backend.forward_path(SHAPE) is None
+        with backend.forced("auto"):
+            assert backend.forward_path(SHAPE) == cost.forward_path(SHAPE)
+        assert backend.backward_path(SHAPE) is None
+        with backend.forced("fused"):
+            assert backend.fused_first(SHAPE)
+        assert not backend.fused_first(SHAPE)
+    assert backend.path_name(backend.forward_path(SHAPE)).startswith("token-last")
+    with pytest.raises(ValueError, match=r"KRON_HF_BACKEND must be one of auto, build-w, .*, got 'dense'"):
+        backend.forced("dense").__enter__()
+    assert backend.path_name(backend.forward_path(SHAPE)).startswith("token-last")
 
 
 @pytest.mark.parametrize("name", FACTORED)

@@ -6,17 +6,29 @@
 - `token-major-b-first`, `token-major-m-first`, `token-last-b-first`, `token-last-m-first`: in that order.
 - `fused`: the Triton kernels; where they cannot serve a product the cost model chooses, and one warning says so.
 
-The environment is read at the first product and holds for the process. All ways give the same result up to rounding.
+The environment is read at the first product and holds for the process; within `forced` another way holds. All ways give
+the same result up to rounding.
 """
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 
 from kron_hf.ops import cost
 from kron_hf.ops.cost import Factored, Shape
 
-__all__ = ["BACKENDS", "VARIABLE", "backward_path", "forced_backend", "forward_path", "fused_first", "path_name"]
+__all__ = [
+    "BACKENDS",
+    "VARIABLE",
+    "backward_path",
+    "forced",
+    "forced_backend",
+    "forward_path",
+    "fused_first",
+    "path_name",
+]
 
 VARIABLE = "KRON_HF_BACKEND"
 BACKENDS = (
@@ -26,17 +38,44 @@ BACKENDS = (
 )
 
 
-@cache
+_forced: list[str] = []  # the innermost last
+
+
 def forced_backend() -> str | None:
-    """The way that the environment names; None leaves the choice to the cost model.
+    """The way that `forced` or else the environment names; None leaves the choice to the cost model.
 
     Raises:
         ValueError: There is no such way.
     """
-    name = os.environ.get(VARIABLE, "") or "auto"
+    name = _forced[-1] if _forced else _named_by_environment()
+    return None if name == "auto" else name
+
+
+@cache
+def _named_by_environment() -> str:
+    return _checked(os.environ.get(VARIABLE, "") or "auto")
+
+
+def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return None if name == "auto" else name
+    return name
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within it all products of this process, in all threads, take the way of that name: for measurements.
+
+    Raises:
+        ValueError: There is no such way.
+    """
+    _forced.append(_checked(name))
+    _forget_choices()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _forget_choices()
 
 
 @lru_cache(maxsize=4096)
@@ -62,6 +101,11 @@ def fused_first(shape: Shape) -> bool:
     """Whether the Triton kernels are tried before the way that `forward_path` or `backward_path` says."""
     name = forced_backend()
     return name == "fused" or (name is None and cost.fused_wins(shape))
+
+
+def _forget_choices() -> None:
+    for choice in (forward_path, backward_path, fused_first):
+        choice.cache_clear()
 
 
 def path_name(path: Factored | None) -> str:

@@ -45,17 +45,20 @@ class _KronLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, s, a, b)
+        # As dense layers do, without the input where no factor is trained.
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, s, a, b)
         with torch._C._AutoDispatchBelowAutograd():
             return _forward_op(x, s, a, b, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        needed = ctx.needs_input_grad
-        saved = ctx.saved_tensors  # outside the guard: reading them may run a checkpointed forward, under autograd
+        (grad,), needed = grad_outputs, ctx.needs_input_grad
+        x, s, a, b = ctx.saved_tensors  # outside the guard: it may run a checkpointed forward, under autograd
         with torch._C._AutoDispatchBelowAutograd():
-            grads = _backward_op(*grad_outputs, *saved, needed)
+            if x is None:  # only its shape is asked for
+                x = grad.new_empty(1).expand(*grad.shape[:-1], a.shape[2] * b.shape[2])
+            grads = _backward_op(grad, x, s, a, b, needed)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory: what is compared stands in `registry`, `run` measures it, `report` and `plots` show it."""

@@ -1,0 +1,72 @@
+"""What is measured: one method on one layer or model, against dense, under given conditions."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+__all__ = ["Case", "Conditions", "key_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method in one place.
+
+    Attributes:
+        subject: `"layer"` or a name in `subjects.MODELS`.
+        features: `(in, out)` of a layer; None for models.
+        method: A name in `methods.METHODS`.
+        block_size: `(bo, bi)`; None for dense.
+        rank: Of Kronecker layers; None for dense.
+        sparsity: Share of zero blocks in S.
+    """
+
+    subject: str
+    features: tuple[int, int] | None = None
+    method: str
+    block_size: tuple[int, int] | None = None
+    rank: int | None = None
+    sparsity: float = 0.0
+
+    @property
+    def place(self) -> str:
+        """The layer or model, for people."""
+        return self.subject if self.features is None else f"{self.features[0]} -> {self.features[1]}"
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """The case that a row of results is of."""
+        values = {item.name: row[item.name] for item in fields(cls)}
+        pairs = {name: tuple(values[name]) for name in ("features", "block_size") if values[name] is not None}
+        return cls(**values | pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What all cases of a run share.
+
+    Attributes:
+        device: `"cpu"` or `"cuda"`.
+        dtype: Name of the dtype of weights and inputs.
+        tokens: Rows that a layer gets.
+        batch: Images that a model gets.
+        threads: Of the CPU.
+        machine: The processor, or the accelerator.
+    """
+
+    device: str
+    dtype: str
+    tokens: int
+    batch: int
+    threads: int
+    machine: str
+
+
+def key_of(case: Case, conditions: Conditions) -> tuple[Any, ...]:
+    """What makes a measurement another one; batch or tokens count where they matter alone."""
+    size = conditions.tokens if case.features else conditions.batch
+    return case, conditions.device, conditions.dtype, size, conditions.threads, conditions.machine
+
+
+def to_row(case: Case, conditions: Conditions) -> dict[str, Any]:
+    """Both as one flat JSON object."""
+    return asdict(case) | asdict(conditions)

@@ -1,0 +1,85 @@
+"""All that is measured, by the name of the suite. Changing a case makes it measured anew; old rows are ignored."""
+
+from itertools import product
+
+from examples.benchmarks.cases import Case
+from examples.benchmarks.methods import METHODS, PATHS
+
+__all__ = ["LIMITS", "SUITES", "WORST"]
+
+WORST = 1.10  # of dense's time, at the 95th percentile of the grid; cases above are measured again
+
+
+def _layer(
+    features: tuple[int, int], method: str, block: int | tuple[int, int] = 16, rank: int = 2, sparsity: float = 0.0
+) -> Case:
+    pair = block if isinstance(block, tuple) else (block, block)
+    own = {} if method.startswith("dense") else {"block_size": pair, "rank": rank}
+    return Case(subject="layer", features=features, method=method, sparsity=sparsity, **own)
+
+
+def _model(name: str, method: str, block: int = 16, rank: int = 2) -> Case:
+    own = {} if method.startswith("dense") else {"block_size": (block, block), "rank": rank}
+    return Case(subject=name, method=method, **own)
+
+
+SQUARE, WIDE, NARROW = (768, 768), (768, 3072), (3072, 768)
+
+# Forward + backward of a float32 layer on two cores, and a training step of a model at 8 images, over dense.
+LIMITS: dict[Case, float] = {
+    _layer(SQUARE, "kron", 16, 1): 0.32,
+    _layer(SQUARE, "kron", 16, 2): 0.45,
+    _layer(SQUARE, "kron", 16, 4): 0.80,
+    _layer(SQUARE, "kron", 32, 1): 0.27,
+    _layer(SQUARE, "kron", 32, 2): 0.45,
+    _layer(SQUARE, "kron", 8, 1): 0.45,
+    _layer(SQUARE, "kron", 8, 2): 0.73,
+    _layer(WIDE, "kron", 16, 1): 0.25,
+    _layer(NARROW, "kron", 16, 1): 0.39,
+    _layer((1024, 1024), "kron", 16, 2): 0.40,
+    _layer(SQUARE, "kron", (4, 64), 8): 0.60,
+    _model("vit-s/16", "kron", 16, 2): 0.75,
+}
+SIZES = (192, 384, 768, 1024)
+GRID = [
+    _layer((size, size), "kron", block, rank)
+    for size, block, rank in product(SIZES, (2, 4, 8, 16, 32, 64), range(1, 9))
+    if rank <= block * block
+]
+WAYS = ("kron", *(f"kron-{name}" for name in PATHS))
+CHOICES = [
+    _layer(features, method, block, rank)
+    for features in ((192, 192), (384, 384), SQUARE, WIDE, NARROW)
+    for block, rank in product((4, 8, 16, 32, 64), (1, 2, 4, 8))
+    for method in WAYS
+]
+RIVALS = ("dense-compiled", "kron", "kron-compiled", "vec-parallel", "lora", "lokr")
+LAYERS = [
+    _layer(features, method, block, rank)
+    for features in (SQUARE, WIDE)
+    for block, rank in ((16, 1), (16, 2), (16, 4), (8, 1), (8, 2), (32, 1), (32, 2), (32, 4), (64, 1))
+    for method in ("kron", "vec-parallel")
+]
+LAYERS += [_layer(features, method) for features in (SQUARE, WIDE) for method in RIVALS + WAYS]
+LAYERS += [
+    _layer(SQUARE, method, block, 2, sparsity)
+    for method in ("bsr", "kron", "kron-folded")
+    for block in (16, 32)
+    for sparsity in (0.5, 0.9)
+]
+MODELS = [_model(name, method) for name in ("vit-s/16", "vit-b/16", "swin-t") for method in RIVALS + WAYS[1:]]
+MODELS += [_model("vit-s/16", "kron", block, rank) for block, rank in ((16, 1), (16, 4), (8, 1), (8, 2), (32, 1))]
+# The setting in which the authors of the method measured: --tokens 20000.
+AUTHORS = [_layer((1024, 1024), method, 8, rank) for rank in (1, 2, 4) for method in ("kron", "vec-parallel")]
+TINY = [_layer((32, 64), method, 4) for method in METHODS if "compiled" not in method]
+TINY += [_model("tiny-vit", method, 4) for method in METHODS if "compiled" not in method]
+
+SUITES: dict[str, list[Case]] = {
+    "bars": list(LIMITS),
+    "grid": GRID,
+    "paths": CHOICES,
+    "layers": list(dict.fromkeys(LAYERS)),
+    "authors": AUTHORS,
+    "models": list(dict.fromkeys(MODELS)),
+    "tiny": [case for case in TINY if not (METHODS[case.method].layers_only and case.features is None)],
+}

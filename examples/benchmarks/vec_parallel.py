@@ -1,0 +1,51 @@
+"""The formulation of public code, written anew from its description, as a baseline.
+
+All products with B_i at once, Z written out and permuted so that those with M_i are one large product, and its result
+permuted back. Autograd keeps the permuted Z for backward.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kron_hf import KronLinear
+
+__all__ = ["VecParallel"]
+
+
+class VecParallel(nn.Module):
+    """Computes what a Kronecker layer computes, from the same parameters."""
+
+    def __init__(self, layer: KronLinear) -> None:
+        super().__init__()
+        self.s, self.a, self.b, self.bias = layer.s, layer.a, layer.b, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in_features]` to `[..., out_features]`."""
+        (rank, out_blocks, in_blocks), (_, block_out, block_in) = self.a.shape, self.b.shape
+        z = x.reshape(-1, block_in) @ self.b.reshape(rank * block_out, block_in).T
+        z = z.view(-1, in_blocks, rank, block_out).permute(1, 2, 3, 0).reshape(in_blocks * rank, -1)
+        m = (self.s * self.a).permute(1, 2, 0).reshape(out_blocks, in_blocks * rank)
+        y = (m @ z).view(out_blocks * block_out, -1).T.reshape(*x.shape[:-1], out_blocks * block_out)
+        return y if self.bias is None else y + self.bias
+
+
+def replace_layers(model: nn.Module) -> nn.Module:
+    """Puts it in the place of each Kronecker layer, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, KronLinear):
+            model.set_submodule(name, VecParallel(layer))
+    return model
+
+
+def keep_blocks(layer: KronLinear, sparsity: float) -> None:
+    """Makes that share of blocks zero, whole block rows and columns among them as far as they go, and freezes it.
+
+    Half of the zeros lie in empty block rows: so it is where rows and columns were pruned as groups.
+    """
+    dead = torch.zeros(layer.s.shape, dtype=torch.bool, device=layer.s.device)
+    rows = round(layer.out_blocks * sparsity / 2)
+    dead[:rows] = True
+    rest = dead.flatten()[rows * layer.in_blocks :]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
+    rest[order[: round(sparsity * dead.numel()) - rows * layer.in_blocks].to(rest.device)] = True
+    layer.freeze_mask(dead)

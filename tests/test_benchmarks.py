@@ -1,0 +1,283 @@
+"""The benchmarks: what is declared, every method on tiny sizes, what is measured, the report."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.benchmarks import report, run
+from examples.benchmarks.cases import Case, Conditions
+from examples.benchmarks.measuring import Measured, alternate, memory
+from examples.benchmarks.methods import METHODS, PATHS
+from examples.benchmarks.plots import draw_over_sizes, draw_roofline
+from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES
+from examples.benchmarks.subjects import MODELS, Subject, build_subject
+from kron_hf.factors import kron_weight
+from kron_hf.ops.backend import forced_backend
+
+CONDITIONS = Conditions(device="cpu", dtype="float32", tokens=16, batch=2, threads=1, machine="here")
+WIDE = replace(CONDITIONS, dtype="float64", tokens=5)
+TRAINED = ("dense", "kron", "vec-parallel", "lora", "lokr")
+FACTORS = 16 * 8 * 3 + 2 * 16  # S, A and B of 32 -> 64 in blocks of 4 at rank 2
+
+
+def layer(method, **changes):
+    sizes = {} if method == "dense" else {"block_size": (4, 4), "rank": 2}
+    return Case(**{"subject": "layer", "features": (32, 64), "method": method, **sizes} | changes)
+
+
+def tiny_vit(method):
+    return replace(layer(method), subject="tiny-vit", features=None)
+
+
+def made_up(case, ratio, **more):
+    times = {"forward_ms": ratio, "both_ms": ratio, "step_ms": ratio, "peak_bytes": int(100 * ratio)}
+    dense = {f"dense_{what}": 100 if what == "peak_bytes" else 1.0 for what in times}
+    counts = {"forward_flops": 10**6, "dense_forward_flops": 10**7, "trained_params": 100, "dense_trained_params": 1000}
+    return run.to_row(case, CONDITIONS) | times | dense | counts | {"about": {"torch": "2"}, **more}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """One row for each method on a layer, and some on a model, by subject and method."""
+    cases = [case for case in SUITES["tiny"] if case.features or case.method in ("kron", "vec-parallel", "lora")]
+    path = tmp_path_factory.mktemp("benchmarks") / "rows.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("examples.benchmarks.measuring.ROOF_SIZES", {"cpu": (64, 64)})
+        found = run.complete(cases, CONDITIONS, 1, path)
+    assert run.read_rows(path)[0]["roof"].keys() == {"flops_per_second", "bytes_per_second"}
+    return {(row["subject"], row["method"]): row for row in found}
+
+
+# What is declared
+
+
+def test_every_method_and_path_is_measured_somewhere():
+    named = {case.method for cases in SUITES.values() for case in cases}
+    assert named == set(METHODS)
+    assert {"build-w", "fused", "token-major-b-first", "token-last-m-first"} < set(PATHS)
+    assert {case.subject for case in SUITES["models"]} == {"vit-s/16", "vit-b/16", "swin-t"}
+    assert {f"kron-{path}" for path in PATHS} < {case.method for case in SUITES["models"]}
+
+
+def test_the_grid_is_whole_and_cases_are_declared_once():
+    assert len(GRID) == 4 * (5 * 8 + 4)  # 2 x 2 blocks have rank 4 at most
+    assert {case.features[0] for case in GRID} == {192, 384, 768, 1024}
+    for cases in SUITES.values():
+        assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "layers"), [("vit-s/16", 384, 12), ("vit-b/16", 768, 12), ("swin-t", 768, 12)]
+)
+def test_models_are_those_of_the_papers(name, hidden, layers):
+    with torch.device("meta"):
+        model = MODELS[name]()
+    assert model.classifier.in_features == hidden
+    assert sum(module.endswith("fc1") for module, _ in model.named_modules()) == layers
+    assert model.config.image_size == 224
+
+
+# What methods compute
+
+
+@pytest.mark.parametrize("method", ["vec-parallel", *(f"kron-{path}" for path in PATHS if path != "fused")])
+def test_the_same_layer_whatever_the_way(method):
+    out = {}
+    for name in ("kron", method):
+        subject = build_subject(layer(name), WIDE)
+        torch.manual_seed(1)
+        model = METHODS[name].build(subject.model, layer(name), subject.modules)
+        with METHODS[name].forcing():
+            y = subject.run(model)
+            subject.backward(y)
+        out[name] = (y, subject.inputs.grad, *(parameter.grad for _, parameter in sorted(model.named_parameters())))
+    torch.testing.assert_close(out[method], out["kron"])
+
+
+@pytest.mark.parametrize("method", ["bsr", "kron-folded"])
+def test_zero_blocks(method):
+    case = layer(method, sparsity=0.5)
+    subject = build_subject(case, WIDE)
+    torch.manual_seed(1)
+    kron = METHODS["kron"].build(subject.model, case, subject.modules).fc
+    assert kron.sparsity == pytest.approx(0.5, abs=1 / kron.s.numel())
+    assert (~kron.block_mask).all(1).sum() == 4  # a quarter of the rows
+    twin = build_subject(case, WIDE)
+    torch.manual_seed(1)
+    with torch.no_grad(), pytest.warns(UserWarning, match="BSR") if method == "bsr" else METHODS["kron"].forcing():
+        model = METHODS[method].build(twin.model, case, twin.modules)
+        weight = kron_weight(kron.masked_s(), kron.a, kron.b)
+        torch.testing.assert_close(model(twin.inputs), twin.inputs @ weight.T + kron.bias)
+
+
+def test_paths_are_forced():
+    for path in PATHS:
+        with METHODS[f"kron-{path}"].forcing():
+            assert forced_backend() == path
+    assert forced_backend() is None
+
+
+# What is measured
+
+
+def test_every_method_is_measured(rows):
+    assert [row["error"] for row in rows.values() if "error" in row] == []
+    for row in rows.values():
+        trained = not METHODS[row["method"]].forward_only
+        assert ("step_ms" in row, row["peak_bytes"] is not None) == (trained, trained)
+        if trained:
+            assert row["step_ms"] > row["both_ms"] > 0
+        assert Case.from_row(json.loads(json.dumps(row))) == Case.from_row(row)
+
+
+def test_kronecker_layers_save_what_dense_ones_save(rows):
+    for (_, method), row in rows.items():
+        if row["saved_bytes"] is not None:
+            assert row["saved_bytes"] == row["dense_saved_bytes"] or method in ("vec-parallel", "lora", "lokr")
+            assert row["saved_bytes"] > row["dense_saved_bytes"] or method != "vec-parallel"
+    assert rows["layer", "dense"]["saved_bytes"] == 16 * 32 * 4
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_optimizer_state_is_two_floats_a_parameter(rows, method):
+    row = rows["layer", method]
+    steps = {"dense": 2, "kron": 4, "vec-parallel": 4}.get(method, 2)
+    assert row["optimizer_bytes"] in range(8 * row["trained_params"], 8 * row["trained_params"] + 4 * steps + 9)
+
+
+def test_adapters_train_as_many_parameters_as_the_factors_have(rows):
+    assert rows["layer", "kron"]["trained_params"] == FACTORS + 64
+    for method in ("lora", "lokr"):
+        assert rows["layer", method]["trained_params"] == pytest.approx(FACTORS, rel=0.15)
+
+
+def test_memory_of_a_known_layer():
+    subject = build_subject(layer("dense"), CONDITIONS)
+    measured = Measured.of(subject.model, subject, trained=True)
+    measured.step()
+    found = memory(measured)
+    assert found == memory(measured)
+    weights, x = 4 * (32 * 64 + 64), 4 * 16 * 32
+    assert found["saved_bytes"] == x
+    assert found["optimizer_bytes"] == 2 * weights + 2 * 4
+    at_rest = 3 * weights + 2 * 4 + x
+    assert at_rest + weights + x <= found["peak_bytes"] <= at_rest + weights + x + 4 * 16 * 64 + 1024  # gradients, y
+
+
+def test_runs_alternate_and_the_median_without_the_first_two_counts(monkeypatch):
+    log, clock, seconds = [], [0.0], {"a": iter([9, 9, 1, 3, 2]), "b": iter([9, 9, 5, 4, 6])}
+
+    def subject(name):
+        def step(model):
+            log.append(name)
+            clock[0] += next(seconds[name])
+
+        return Subject(torch.nn.Identity(), None, step, lambda out: None, torch.ones(1))
+
+    monkeypatch.setattr("examples.benchmarks.measuring.time.perf_counter", lambda: clock[0])
+    runs = {name: Measured(torch.nn.Identity(), subject(name), None) for name in ("a", "b")}
+    assert alternate(runs, 3) == {"a": {"forward_ms": 2000.0}, "b": {"forward_ms": 5000.0}}
+    assert log == ["a", "b"] * 5
+
+
+# The runner
+
+
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    path, cases, measured = tmp_path / "rows.jsonl", [layer("dense"), layer("kron"), tiny_vit("kron")], []
+    monkeypatch.setattr(run, "roof", lambda *_: {"flops_per_second": 1.0, "bytes_per_second": 1.0})
+    monkeypatch.setattr(run, "measure", lambda case, *_: (measured.append(case), made_up(case, 1.0))[1])
+    run.complete(cases[:2], CONDITIONS, 1, path)
+    with path.open("a") as file:
+        file.write('{"cut off')
+    rows = run.complete(cases, CONDITIONS, 1, path)
+    assert [Case.from_row(row) for row in rows] == measured == cases
+    assert len(run.read_rows(path)) == 4
+    run.complete(cases, replace(CONDITIONS, batch=4), 1, path)  # the layers get tokens, whatever the batch is
+    assert measured[3:] == cases[2:]
+    run.complete(cases, replace(CONDITIONS, threads=2), 1, path)
+    assert measured[4:] == cases
+
+
+def test_a_case_that_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "roof", lambda *_: {})
+    cases = [layer("kron", block_size=(5, 5)), layer("dense")]
+    failed, done = run.complete(cases, CONDITIONS, 1, tmp_path / "rows.jsonl")
+    assert "does not divide" in failed["error"]
+    assert "both_ms" in done
+    assert "does not divide" in list(report.table([failed]))[-1]
+
+
+def test_a_case_above_its_limit_is_measured_again_and_the_lowest_counts(monkeypatch):
+    ratios = iter([0.9, 0.7, 0.8])
+
+    def times(runs, repeats):
+        both = {"forward_ms": 1.0, "step_ms": 1.0}
+        return {"dense_": both | {"both_ms": 1.0}, "": both | {"both_ms": next(ratios)}}
+
+    monkeypatch.setattr(run, "alternate", times)
+    monkeypatch.setattr(run, "memory", lambda *_, **__: {})
+    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5})
+    row = run.measure(layer("kron"), CONDITIONS, 1)
+    assert (row["both_ms"], row["attempts"]) == (0.7, 3)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.SUITES, "tiny", [layer("kron"), tiny_vit("kron")])
+    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5, tiny_vit("kron"): 3.5})
+    monkeypatch.setattr(run, "roof", lambda *_: {})
+    monkeypatch.setattr(run, "measure", lambda case, *_: made_up(case, 2.0))
+    assert run.main(["tiny", "--output", str(tmp_path / "rows.jsonl"), "--tokens", "16", "--batch", "2"]) == 1
+    assert "limits missed: 32 -> 64, blocks (4, 4), rank 2: 2.00 > 0.5\n" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["tiny", "--device", "cuda"])
+
+
+# The report
+
+
+def test_tables(rows):
+    lines = list(report.table(list(rows.values())))
+    assert len(lines) == len(rows) + 2
+    assert {line.count("|") for line in lines[2:]} == {12}
+    case = next(iter(LIMITS))
+    (line,) = list(report.table([made_up(case, 0.5)]))[2:]
+    assert line.startswith("| 768 -> 768 | kron | 16 x 16, 1 | 0.50 | 0.50 | 0.50 |")
+    assert f"limit {LIMITS[case]}: missed" in line
+
+
+def test_the_whole_grid_in_a_line():
+    some = [made_up(case, ratio) for case, ratio in zip(GRID, [0.5] * 19 + [2.0], strict=False)]
+    line = report.grid_line([*some, made_up(tiny_vit("kron"), 100)])
+    assert f"20 of {len(GRID)} cases" in line
+    assert "geometric mean 0.536" in line
+    assert "95th percentile 0.575" in line
+    assert report.grid_line(some[:1]) is None
+
+
+def test_choices_against_the_best_way():
+    first = [case for case in CHOICES if (case.features, case.block_size, case.rank) == ((192, 192), (4, 4), 1)]
+    second = [replace(case, rank=2) for case in first]
+    rows = [made_up(case, 1.0 if case.method == "kron" else 1.1) for case in first]
+    rows += [made_up(case, 0.5 if case.method == "kron-build-w" else 1.0) for case in second]
+    summary, *far = report.choice_lines(rows)
+    assert "2 shapes" in summary
+    assert "1.414 (geometric mean)" in summary
+    assert far == ["  192 -> 192, blocks (4, 4), rank 2: 2.00 of kron, build-w"]
+
+
+def test_plots(tmp_path):
+    rows = [made_up(case, 0.5 + case.rank / 10) for case in GRID if case.features == (768, 768)]
+    draw_over_sizes(rows, tmp_path / "sizes.png")
+    draw_roofline(rows, {"flops_per_second": 1e11, "bytes_per_second": 1e10}, tmp_path / "roofline.png")
+    assert {path.read_bytes()[:4] for path in tmp_path.iterdir()} == {b"\x89PNG"}
+    draw_over_sizes([], tmp_path / "none.png")
+    draw_roofline([], {}, tmp_path / "none.png")
+    assert len(list(tmp_path.iterdir())) == 2
