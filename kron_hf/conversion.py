@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kron_hf.calibration.allocation import LayerChoices, allocate
 from kron_hf.calibration.batches import Batch, SpreadBatches, few_examples
+from kron_hf.calibration.decoder import DECODER_MASK, decoder_stages
 from kron_hf.calibration.dense_walk import walk_dense
 from kron_hf.calibration.fittings import Fitted, PlainFitting, PrunedFitting, SurveyingFitting, dead_blocks
 from kron_hf.calibration.gradients import OutputGradients, output_gradients
@@ -21,9 +23,9 @@ from kron_hf.calibration.result import CalibratedLayer, CalibrationResult
 from kron_hf.calibration.route import Route, find_route
 from kron_hf.calibration.sequential import calibrate_in_order
 from kron_hf.calibration.streams import find_streams
-from kron_hf.calibration.token_weights import TokenWeights, first_token_weights
+from kron_hf.calibration.token_weights import TokenWeights, first_token_weights, no_weights
 from kron_hf.calibration_config import CalibrationConfig
-from kron_hf.calibration_data import model_batches
+from kron_hf.calibration_data import check_batch, model_batches
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
 from kron_hf.evaluation_mode import evaluation
@@ -34,7 +36,7 @@ from kron_hf.targets import Target, find_targets, pretrained_parts
 __all__ = ["Calibration", "budget_settings", "calibrate", "check_conversion", "install_layers"]
 
 # What the config of the choice takes over from the one that asked for it.
-KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
+KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "calibration_config")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 COMPARED = 512  # examples that options are compared on: the ranking needs fewer than the fit
@@ -49,7 +51,9 @@ class Calibration:
     Attributes:
         layers: The Kronecker layer of each module by its name.
         result: What was chosen and measured: a table, a picture, JSON.
-        config: A `KronConfig` with which `get_kron_model` makes layers of the same sizes in a fresh model.
+        config: The `KronConfig` of the choice: given to `get_kron_model` with calibration data it fits layers of these
+            sizes to a model in the same way. `dataclasses.replace` it with `init_weights="random"` and
+            `calibration_config=None` for a model that is to be trained from scratch.
     """
 
     layers: Mapping[str, KronLinear]
@@ -103,11 +107,16 @@ class _Calibrating:
         self.batches = model_batches(model, data, self.options)
         with evaluation(model):
             first = next(iter(self.batches))
+            check_batch(model, first)
             self.route = find_route(model, [target.name for target in self.targets], first)
             self.streams = find_streams(model, self.route, few_examples(first))
             self.first_token_alone = _first_token_alone(model, self.route, few_examples(first), self.options)
             self.gradients = self._gradients()
-        self.token_weights = _token_weights(self.route, self.gradients) if self.first_token_alone else {}
+            decoding = decoder_stages(model, self.route, few_examples(first))
+        self.token_weights: dict[str, TokenWeights] = {
+            **{name: partial(no_weights, mask=DECODER_MASK) for name in decoding},
+            **(_token_weights(self.route, self.gradients) if self.first_token_alone else {}),
+        }
 
     def run(self) -> Calibration:
         choices = None if self.config.budget is None else self._measure()
@@ -118,7 +127,8 @@ class _Calibrating:
             settings=budget_settings(self.config),
         )
         kept = {name: getattr(self.config, name) for name in KEPT}
-        return Calibration(layers=fitted.layers, result=result, config=KronConfig.from_modules(result.modules, **kept))
+        config = KronConfig.from_modules(result.modules, init_weights="calibrated", **kept)
+        return Calibration(layers=fitted.layers, result=result, config=config)
 
     def _gradients(self) -> dict[str, OutputGradients]:
         """How much the model's features depend on each layer; nothing, where neither weights nor a budget ask."""

@@ -33,10 +33,11 @@ PROJECTIONS = {
     *("projection_query", "projection_key", "projection_value"),  # CvT
     *("to_query", "to_key"),  # SwiftFormer
     *("Wqkv", "Wi", "Wo"),  # ModernBERT
+    *("ffn", "ffn_output"),  # ALBERT
 }
 # Common words are a projection only when they stand directly in one of these.
 PROJECTIONS_WITHIN = {
-    "dense": {"intermediate", "output"},  # BERT's style
+    "dense": {"intermediate", "output", "attention"},  # BERT's style; the last is ALBERT's
     "dense1": {"mlp"},  # PVT
     "dense2": {"mlp"},
     "proj": {"attention", "attn"},  # Hiera, PVTv2, ViTDet
@@ -44,6 +45,8 @@ PROJECTIONS_WITHIN = {
     "final": {"attn"},  # SwiftFormer
     "value_proj": {"self_attn", "encoder_attn", "cross_attn"},  # deformable attention, as in Mask2Former
     "output_proj": {"self_attn", "encoder_attn", "cross_attn"},
+    **{name: {"SelfAttention", "EncDecAttention"} for name in "qkvo"},  # T5
+    **{name: {"DenseReluDense"} for name in ("wi", "wi_0", "wi_1", "wo")},
     "linear": {"queries_keys_values", "keys_values", "queries", "projection", "linear_up", "linear_down"},  # LeViT
 }
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

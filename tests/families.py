@@ -216,6 +216,11 @@ MORE_FAMILIES: dict[str, Family] = {
         lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**BERT_SIZES, embedding_size=32)),
         "AutoModelForSequenceClassification",
     ),
+    "albert": Family(
+        "ALBERT",
+        lambda: hf.AlbertForSequenceClassification(hf.AlbertConfig(**BERT_SIZES, embedding_size=16)),
+        "AutoModelForSequenceClassification",
+    ),
     "modernbert": Family(
         "ModernBERT",
         lambda: hf.ModernBertForSequenceClassification(

@@ -1,6 +1,7 @@
 """`calibrate`, `get_kron_model(..., calibration_data=...)` and `preprocess_kron` on whole models."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny_calibration as tiny
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_peft import PEFT_NOISE
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, T5Model
 
 from kron_hf import (
     CalibrationConfig,
@@ -31,6 +32,7 @@ MODELS = {
     "Swin": (tiny.swin, tiny.image_batches),
 }
 UNIFORM = {"block_size": (4, 8), "rank": 3}
+QUICK = {**UNIFORM, "calibration_config": {"sweeps": 1}}
 
 
 def output_error(model, dense, batch):
@@ -63,7 +65,7 @@ def test_a_budget_is_met_and_its_config_makes_the_same_layers(name):
     result = calibration.result
     assert 0.45 < result.params / result.dense_params <= 0.5
     assert set(calibration.layers) == set(calibration.config.modules)
-    again = get_kron_model(build(), KronConfig(**{**calibration.config.to_dict(), "init_weights": "random"}))
+    again = get_kron_model(build(), replace(calibration.config, init_weights="random", calibration_config=None))
     sizes = {name: (layer.block_size, layer.rank) for name, layer in calibration.layers.items()}
     found = {n: (m.block_size, m.rank) for n, m in again.named_modules() if isinstance(m, KronLinear)}
     assert found == sizes
@@ -87,6 +89,93 @@ def test_a_calibration_converts_a_copy_of_its_model(tmp_path):
     assert torch.equal(
         run(AutoModelForImageClassification.from_pretrained(tmp_path).eval(), batch).logits, run(model, batch).logits
     )
+
+
+def test_the_config_of_a_calibration_makes_the_same_model_of_another_copy():
+    options = CalibrationConfig(sweeps=2, target_sparsity=0.3)
+    asked = KronConfig(**UNIFORM, target_modules=["q_proj", "fc2"], calibration_config=options)
+    calibration = calibrate(tiny.dinov2(), asked, tiny.image_batches())
+    model = calibration.convert(tiny.dinov2())
+    config = KronConfig(**calibration.config.to_dict())  # as it is saved
+    with pytest.raises(ValueError, match="init_weights='calibrated' needs calibration data: get_kron_model"):
+        get_kron_model(tiny.dinov2(), config)
+    again = get_kron_model(tiny.dinov2(), config, calibration_data=tiny.image_batches())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("build", [tiny.t5, tiny.bart], ids=["T5", "BART"])
+def test_a_decoder_starts_from_what_its_model_makes_of_the_labels(build):
+    model, batch, config = build(), tiny.translations((9, 9)), KronConfig(**QUICK)
+    start = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    given = {**{name: batch[name] for name in ("input_ids", "attention_mask")}, "decoder_input_ids": start}
+    wanted = calibrate(model, config, [given]).result
+    assert all(any(f"{half}." in row.name for row in wanted.layers) for half in ("encoder", "decoder"))
+    assert calibrate(model, config, [batch]).result == wanted
+    examples = [{name: values[row].tolist() for name, values in batch.items()} for row in range(16)]
+    assert calibrate(model, config, examples).result == wanted
+
+
+@pytest.mark.parametrize("lengths", [(6, 9), (9, 6)], ids=["padded texts", "padded labels"])
+def test_padding_of_encoder_and_decoder_does_not_count(lengths):
+    model, padded = tiny.t5().double(), tiny.translations(lengths)
+    short = {name: values[:, : lengths[name == "labels"]] for name, values in padded.items()}
+    results = [calibrate(model, KronConfig(**QUICK), [batch]).result for batch in (padded, short)]
+    for layer, other in zip(*(result.layers for result in results), strict=True):
+        assert layer.error == pytest.approx(other.error, rel=1e-6), layer.name
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        pytest.param(
+            tiny.t5,
+            r"T5ForConditionalGeneration does not take .* holds 'input_ids', 'attention_mask': .* Give "
+            "decoder_input_ids, too, or labels to make them of$",
+            id="T5",
+        ),
+        pytest.param(
+            lambda: T5Model(tiny.t5().config),
+            r"T5Model does not take .* Give decoder_input_ids, too$",
+            id="T5 backbone",
+        ),
+        pytest.param(tiny.vit, r"ViTFor.* does not take .* Give pixel_values, too$", id="ViT"),
+    ],
+)
+def test_inputs_that_a_forward_needs_are_named(build, message):
+    batch = tiny.translations((9, 9))
+    del batch["labels"]
+    with pytest.raises(ValueError, match=message):
+        calibrate(build(), KronConfig(**UNIFORM), [batch])
+
+
+class TokenByToken(nn.Module):
+    """Two residual blocks over embeddings, of which that of padding may be anything."""
+
+    def __init__(self, padding):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in "12")
+        with torch.no_grad():
+            self.embed.weight[0] = padding
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "config", [{"block_size": (4, 8), "rank": 2}, {"target_params": 0.5}], ids=["uniform", "budget"]
+)
+def test_padding_may_be_nan(config):
+    results = [
+        calibrate(TokenByToken(padding), KronConfig(**config), tiny.text_batches()).result
+        for padding in (0.0, float("nan"))
+    ]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("budget", ["target_params", "target_flops"])

@@ -75,6 +75,28 @@ def test_padding_is_no_token():
     assert alone.others > fewer.others
 
 
+@pytest.mark.parametrize("filler", [7.0, float("nan")])
+def test_features_of_padding_do_not_count(filler):
+    model, x = nn.Linear(5, 4), torch.randn(6, 3, 5)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]] * 3)
+    rows = model(x)[mask.bool()].detach()
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x, attention_mask):
+            return self.layer(x)
+
+    x[mask == 0] = filler
+    batch = {"x": x, "attention_mask": mask}
+    found = output_gradients(Masked(), ["layer"], [batch], features=nn.Identity())["layer"]
+    # The features are the outputs, so each real token of six examples has squared gradients of one.
+    wanted = len(rows) / 6 / ((rows - rows.mean(0)).square().sum() / 6)
+    torch.testing.assert_close(found.outputs, wanted.double().expand(4))
+
+
 class Towers(nn.Module):
     """Two outputs, the second of which alone depends on the second layer; one layer changes its output in place."""
 

@@ -85,6 +85,18 @@ def test_a_weight_is_a_number_of_repetitions_and_zero_is_none():
     assert weighted.rows == int((counts > 0).sum())
 
 
+def test_rows_of_weight_zero_may_hold_anything():
+    x, y = data()
+    weights = (torch.arange(60) % 3 > 0).double()
+    expected = accumulated(x, y, weights).result()
+    x[::3], y[3] = torch.nan, torch.inf
+    found = accumulated(x, y, weights, sizes=[1, 59]).result()
+    assert_moments(found, {name: getattr(expected, name) for name in ("mean_x", "mean_y", "c", "g", "v")})
+    x[1] = torch.nan
+    with pytest.raises(ValueError, match=r"x must be finite, got 7 NaN and 0 infinite of 280 values"):
+        accumulated(x, y, weights)
+
+
 def test_the_order_of_the_batches_does_not_matter():
     x, y = data()
     x[:20] += 50  # batches of different means

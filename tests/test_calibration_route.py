@@ -68,12 +68,37 @@ def test_projections_that_write_the_residual_stream_are_found_with_their_scale(n
         torch.testing.assert_close(stream.scale, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_streams_are_found_in_other_dtypes(dtype):
-    model = tiny.dinov2().to(dtype)
-    batch = {"pixel_values": tiny.pixels(4).to(dtype)}
+def streams_in(model, dtype):
+    model, batch = model.to(dtype), {"pixel_values": tiny.pixels(4).to(dtype)}
     names = [target.name for target in find_targets(model, KronConfig(block_size=(1, -1), rank=1))]
-    assert len(find_streams(model, find_route(model, names, batch), batch)) == 4
+    return find_streams(model, find_route(model, names, batch), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loud", [0.0, 300.0], ids=["", "large beside what is written to it"])
+def test_the_same_streams_are_found_in_other_dtypes(dtype, loud):
+    model = tiny.dinov2()
+    with torch.no_grad():
+        model.embeddings.position_embeddings[..., ::8] += loud  # a few features, as in large transformers
+    wanted, found = streams_in(model, torch.float32), streams_in(model, dtype)
+    assert len(wanted) == 4
+    for name, stream in wanted.items():
+        assert (found[name].module, found[name].call) == (stream.module, stream.call)
+        torch.testing.assert_close(found[name].scale, stream.scale, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_scaled_output_without_a_residual_is_no_stream(dtype):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale, self.drop = nn.Linear(32, 32), nn.Parameter(torch.rand(32)), nn.Identity()
+
+        def forward(self, x):
+            return self.drop(self.layer(x) * self.scale)
+
+    model, batch = nn.Sequential(Chain(), Chain()).to(dtype), {"": torch.randn(64, 8, 32).to(dtype)}
+    assert not find_streams(model, find_route(model, ["0.layer", "1.layer"], batch), batch)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("ViT", True), ("DINOv2", False), ("BERT", True), ("Swin", False)])

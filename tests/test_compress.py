@@ -21,6 +21,7 @@ from transformers import (
 
 from kron_hf import KronConfig, KronLinear, get_kron_model, kron_summary
 from kron_hf.cli import main
+from kron_hf.command.options import LayerOptions
 from kron_hf.command.trainer import CommandTrainer
 from kron_hf.compress import latency, run
 from kron_hf.compress.arguments import CompressionOptions, HealingOptions
@@ -56,7 +57,8 @@ def models(tmp_path_factory):
 def finished(models, tmp_path_factory):
     """A finished run, what it gave back and what it said."""
     output, said = tmp_path_factory.mktemp("finished") / "run", []
-    arguments = command(models / "classifier", output, "--target-params", 0.5)
+    others = ["--ood-dataset", "digits", "--ood-images", 10_000]
+    arguments = command(models / "classifier", output, "--target-params", 0.5, *others)
     return output, run_compress(arguments[1:], write=said.append), "\n".join(said), arguments
 
 
@@ -92,6 +94,24 @@ def test_the_saved_models_are_those_that_were_compared(finished, models):
     assert list(comparison.stages) == ["calibrated", "distilled", "fine-tuned"]
     assert comparison.stages["fine-tuned"]["validation_accuracy"] == comparison.compressed["validation_accuracy"]
     assert str(comparison) in said
+
+
+def test_how_near_the_two_models_are_is_measured_on_images_of_the_task_and_on_others(finished, models):
+    output, comparison, said, _ = finished
+    own, others = comparison.fidelity.values()
+    assert list(comparison.fidelity) == ["digits, test", "digits, out of domain"]
+    assert own == others  # here they are the same images
+    pixels, predictions, tokens = digits("test")[0], [], []
+    for folder in (models / "classifier", output):
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            predictions.append(model(pixel_values=pixels).logits.argmax(-1))
+            tokens.append(model.vit(pixel_values=pixels).last_hidden_state.double().flatten(0, 1))
+    spread = (tokens[0] - tokens[0].mean(0)).square().sum()
+    assert own["same_prediction"] == (predictions[0] == predictions[1]).double().mean().item()
+    assert own["feature_error"] == pytest.approx(((tokens[0] - tokens[1]).square().sum() / spread).sqrt().item())
+    assert 0 < own["feature_error"] < 1
+    assert "digits, out of domain" in said
 
 
 def test_the_budget_is_kept_and_reported(finished):
@@ -167,10 +187,21 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(finished,
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
 
 
-def test_a_backbone_gets_a_head_and_no_training_is_a_choice(models, tmp_path):
-    said = []
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_backbone_gets_a_head_once_and_no_training_is_a_choice(models, tmp_path, monkeypatch):
+    said: list[str] = []
     arguments = command(models / "backbone", tmp_path / "run", "--block-size", 4, "--rank", 2, distill=0, finetune=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "calibrate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_compress(arguments[1:], write=said.append)
+    assert "Calibrating on 128 images; killed in this, the command begins this anew" in said
+    monkeypatch.setattr(run, "fit_head", lambda *args, **kwargs: pytest.fail("it fits the head again"))
     result = run_compress(arguments[1:], write=said.append)
+    assert any(text.startswith("Going on with the dense model and its fitted head in") for text in said)
     assert list(result.stages) == ["calibrated"]
     assert "A head was fitted to the dense model's features of 1200 images" in said
     dense = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "_dense").eval()
@@ -199,6 +230,8 @@ ERRORS = {
     "order": ("shuffled", [], "the same classes in another order"),
     "missing": ("missing", [], "there is no such directory"),
     "data": ("classifier", ["--dataset", "./missing"], "there is no such folder"),
+    "others": ("classifier", ["--ood-dataset", "./missing"], "--ood-dataset ./missing: there is no such folder"),
+    "number of others": ("classifier", ["--ood-images", 0], "--ood-images must be at least 1, got 0"),
 }
 
 
@@ -278,7 +311,15 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
 def test_help_shows_each_option_once_and_the_defaults():
     text = build_parser().format_help()
     assert "%%" not in text
-    for option in ("--model", "--dataset", "--target-params", "--distill-steps", "--push-to-hub", "--overwrite"):
+    for option in (
+        "--model",
+        "--dataset",
+        "--target-params",
+        "--rank",
+        "--ood-dataset",
+        "--push-to-hub",
+        "--overwrite",
+    ):
         assert len(re.findall(rf"^  {option}(?: |$)", text, flags=re.MULTILINE)) == 1
     assert "(default: 0.25)" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
@@ -287,9 +328,12 @@ def test_help_shows_each_option_once_and_the_defaults():
 def test_options_from_a_file_and_the_default_budget(tmp_path):
     (tmp_path / "run.yaml").write_text("model: x\ndataset: digits\nblock_size: [4, -1]\nrank: 3\nbatch-size: 8\n")
     options = parse_options([str(tmp_path / "run.yaml"), "--batch-size", "16"])
-    assert options.compression.conversion() == {"block_size": (4, -1), "rank": 3}
+    assert options.conversion() == {"block_size": (4, -1), "rank": 3}
     assert options.healing.batch_size == 16
-    assert CompressionOptions().conversion() == {"target_params": 0.25}
+    assert CompressionOptions().conversion(LayerOptions()) == {"target_params": 0.25}
+    assert CompressionOptions(max_error=0.5).conversion(LayerOptions(exclude_modules=["fc1"])) == {
+        **{"max_error": 0.5, "exclude_modules": ["fc1"]}
+    }
     assert HealingOptions().distill_steps == 500
 
 
@@ -340,6 +384,7 @@ def test_a_table_of_a_comparison():
             stages={"calibrated": {"validation_accuracy": 0.125}},
             dataset="digits\x1b[31m",
             measured_on="cpu",
+            fidelity={"photos\x1b": {"same_prediction": 0.75, "feature_error": 0.5}},
         )
     )
     lines = text.splitlines()
@@ -350,4 +395,14 @@ def test_a_table_of_a_comparison():
         ["parameters,", "deployed", "2,000", "500", "0.250"],
         ["milliseconds,", "batch", "1", "2.00", "1.00", "0.500"],
     ]
+    assert not lines[7]
+    assert lines[8].split() == [
+        "compressed",
+        "beside",
+        "dense",
+        "same",
+        "prediction",
+        *["error", "of", "the", "final", "tokens"],
+    ]
+    assert lines[10].split() == ["photos\\x1b", "0.7500", "0.5000"]
     assert "measured now on this machine, cpu" in lines[-1]

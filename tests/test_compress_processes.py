@@ -66,6 +66,7 @@ def await_any(pattern, output, pid, limit=300.0):
 
 
 MOMENTS = {
+    "a head was fitted": ["_dense"],
     "saving the calibrated model": ["_unfinished-_calibrated*"],
     "calibrated": ["_calibrated"],
     "distilling": ["_distill/checkpoint-*"],

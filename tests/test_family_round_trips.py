@@ -19,7 +19,18 @@ def assert_equal(actual, expected):
 
 # Further ones, whose round trips run with the slow tests.
 SLOW = {
-    *("ast", "blip-vision", "cvt", "data2vec-vision", "electra", "hiera", "ijepa", "mask2former", "maskformer"),
+    *(
+        "albert",
+        "ast",
+        "blip-vision",
+        "cvt",
+        "data2vec-vision",
+        "electra",
+        "hiera",
+        "ijepa",
+        "mask2former",
+        "maskformer",
+    ),
     *("mobilevit", "modernbert", "pvt", "pvt-v2", "siglip2-classifier", "swiftformer", "videomae", "vitdet", "vivit"),
 }
 

@@ -187,6 +187,15 @@ EXPECTED: dict[str, tuple[set[str], int, set[str]]] = {
     "roberta": (within("roberta.encoder.layer.*", *BERT), 12, {"classifier.dense", "classifier.out_proj"}),
     "roberta-mlm": (within("roberta.encoder.layer.*", *BERT), 12, {"lm_head.dense", "lm_head.decoder"}),
     "electra": (within("electra.encoder.layer.*", *BERT), 12, {"classifier.dense", "classifier.out_proj"}),
+    "albert": (  # all layers share one
+        within(
+            "albert.encoder.albert_layer_groups.*.albert_layers.*",
+            *(f"attention.{name}" for name in ("query", "key", "value", "dense")),
+            *("ffn", "ffn_output"),
+        ),
+        6,
+        {"albert.encoder.embedding_hidden_mapping_in", "albert.pooler", "classifier"},
+    ),
     "modernbert": (
         within("model.layers.*", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
         8,

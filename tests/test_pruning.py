@@ -44,8 +44,9 @@ def test_required_entries_is_exact(sparsity, total, expected):
         ([4, 4], [1, 1], [3, 2], 2, [3, 2]),
         ([1, 8], [1, 1], [0, 0], 7, [0, 7]),
         ([2, 4], [1, 1], [2, 0], 4, [2, 2]),
+        ([4, 1, 3], [1, 5, 2], [0, 1, 0], 15, [3, 1, 2]),
     ],
-    ids=["rounding", "sizes", "entries", "capped", "dead", "sparser", "one-block", "emptied-before"],
+    ids=["rounding", "sizes", "entries", "capped", "dead", "sparser", "one-block", "emptied-before", "beyond"],
 )
 def test_layer_quotas(sizes, entries, dead, required, expected):
     assert layer_quotas(sizes, entries, dead, required) == expected
@@ -117,6 +118,15 @@ def test_global_scope_keeps_the_best_block_of_the_least_important_layer():
     best = int(block_rms(layers[0]).argmax())
     dead = choose_dead(layers, [None, None], 0.8, "global")
     assert torch.nonzero(~dead[0].flatten()).flatten().tolist() == [best]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@torch.no_grad()
+def test_a_target_beyond_that_leaves_the_best_block_of_each_layer(scope):
+    layers = random_layers()
+    dead = choose_dead(layers, [None, None], 0.9999, scope)
+    best = [int(block_rms(layer).argmax()) for layer in layers]
+    assert [torch.nonzero(~mask.flatten()).flatten().tolist() for mask in dead] == [[each] for each in best]
 
 
 @torch.no_grad()

@@ -341,7 +341,7 @@ def test_closing_before_the_end_warns():
         ({"total_steps": -5}, "total_steps must be a positive int, got -5"),
         ({"total_steps": 10}, r"total_steps=10 the ramp runs from step 0 .* to step 5 .* interval of 10 steps"),
         ({"start": 0.0, "end": 0.001}, r"total_steps=40 .* to step 0 "),
-        ({"target_sparsity": 0.96}, r"needs 984 of 1024 entries .* 2 Kronecker layers at most 976"),
+        ({"target_sparsity": 0.96}, r"needs 984 of 1024 entries .* 2 layers at most 976"),
     ],
 )
 def test_bad_options_raise(options, message):

@@ -67,6 +67,22 @@ class Composite(nn.Module):
 # The default and "all-linear"
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["relu", "gated"])
+def test_default_is_the_projections_of_both_halves_of_t5(gated):
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, feed_forward_proj="gated-gelu" if gated else "relu"))
+    inner = ["DenseReluDense.wi_0", "DenseReluDense.wi_1"] if gated else ["DenseReluDense.wi"]
+    own = [f"layer.0.SelfAttention.{letter}" for letter in "qkvo"]
+    cross = [f"layer.1.EncDecAttention.{letter}" for letter in "qkvo"]
+    layers = {"encoder": [own, inner, 1], "decoder": [own + cross, inner, 2]}
+    expected = [
+        f"{side}.block.0.{name}"
+        for side, (attention, mlp, last) in layers.items()
+        for name in [*attention, *(f"layer.{last}.{name}" for name in [*mlp, "DenseReluDense.wo"])]
+    ]
+    assert names(model) == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_default_is_the_projections_of_a_headed_model(family):
     assert sorted(names(FAMILIES[family]())) == sorted(projections(family))

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ import kron_hf.train.run
 from kron_hf import kron_summary
 from kron_hf.cli import main
 from kron_hf.command.trainer import CommandTrainer
+from kron_hf.data.sources import load_any_images
 from kron_hf.sparsity import SparsityOptions
 from kron_hf.train.arguments import KronOptions
 from kron_hf.train.parser import build_parser, parse_options
@@ -128,6 +130,19 @@ def test_the_card_names_data_and_figures_and_no_path(finished, photos):
     assert str(output.parent) not in card
     assert str(photos.parent) not in card
     assert str(output.parent) not in (output / "training_args.bin").read_bytes().decode(errors="replace")
+
+
+def test_images_alone_need_no_labels(photos, tmp_path):
+    name, images = load_any_images(str(photos))
+    assert (name, len(images)) == ("animals", 16)  # its test split
+    for index, (image, _) in enumerate(zip(*pictures(3), strict=True)):
+        (tmp_path / "views").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "views" / f"{index}.png")
+    name, images = load_any_images(str(tmp_path / "views"))
+    assert (name, len(images)) == ("views", 3)
+    assert np.array_equal(np.asarray(images[1][0]), pictures(3)[0][1])
+    with pytest.raises(FileNotFoundError, match=r"^--ood-dataset \./missing: there is no such folder"):
+        load_any_images("./missing", option="--ood-dataset")
 
 
 def test_the_validation_split_is_cut_off_and_told(finished):

@@ -3,6 +3,7 @@
 import pytest
 from transformers import ViTConfig, ViTImageProcessorPil
 
+from kron_hf.command.options import CheckpointOptions
 from kron_hf.train.arguments import ModelOptions
 from kron_hf.train.model import build_image_processor
 
@@ -10,7 +11,7 @@ CONFIG = ViTConfig(image_size=16)
 
 
 def processor_of(model):
-    return build_image_processor(ModelOptions(model=str(model)), CONFIG)
+    return build_image_processor(ModelOptions(model=str(model)), CheckpointOptions(), CONFIG)
 
 
 def test_that_of_the_checkpoint(tmp_path):

@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     Dinov2Config,
     Dinov2Model,
     SwinConfig,
     SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -40,6 +44,21 @@ def bert(seed: int = 0) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
+def t5(seed: int = 0) -> T5ForConditionalGeneration:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def bart(seed: int = 0) -> BartForConditionalGeneration:
+    torch.manual_seed(seed)
+    halves = ("encoder", "decoder")
+    sizes = {f"{half}_{name}": size for half in halves for name, size in (("layers", 1), ("attention_heads", 2))}
+    sizes |= {f"{half}_ffn_dim": 64 for half in halves}
+    config = BartConfig(**sizes, d_model=32, vocab_size=50, max_position_embeddings=16, init_std=0.2)
+    return BartForConditionalGeneration(config).eval()
+
+
 def swin(seed: int = 0) -> SwinForImageClassification:
     torch.manual_seed(seed)
     config = SwinConfig(
@@ -69,3 +88,11 @@ def text_batches(count: int = 24, size: int = 8) -> list[dict[str, Tensor]]:
     mask = (torch.arange(12) < lengths).long()
     batches = zip((ids * mask).split(size), mask.split(size), strict=True)
     return [{"input_ids": part, "attention_mask": alive} for part, alive in batches]
+
+
+def translations(lengths: tuple[int, int], *, padded: int = 9, count: int = 16) -> dict[str, Tensor]:
+    """A batch of texts and their labels of these lengths, both padded."""
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(3, 50, (2, count, padded), generator=generator).unbind()
+    mask, answered = ((torch.arange(padded) < length).long().expand(count, -1) for length in lengths)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels.where(answered > 0, -100)}

@@ -1,7 +1,7 @@
 """Calibration data, read again for every pass: the same batches in the same order each time."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kron_hf.calibration.random_numbers import same_random_numbers
 
-__all__ = ["Batch", "Batches", "SpreadBatches", "example_count", "few_examples", "is_label", "split_examples"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "SpreadBatches",
+    "example_count",
+    "few_examples",
+    "is_label",
+    "real_tokens",
+    "split_examples",
+]
 
 Batch = dict[str, Any]
 FEW = 4  # examples that show where a model's tokens go
@@ -28,6 +37,7 @@ class Batches:
             them: of images with three dimensions, of texts with one. A batch is a mapping of the model's arguments, or
             a tensor for its first argument (of a tuple, the first entry).
         collate: Makes a batch of a list of examples.
+        prepare: Completes a batch, before its labels are left out.
         batch_size: Examples a batch, if `data` is a data set.
         seed: Of the random numbers.
         device: Where batches go; None leaves them.
@@ -43,6 +53,7 @@ class Batches:
         data: Any,
         *,
         collate: Callable[[list[Any]], Any] | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
         batch_size: int = 32,
         seed: int = 0,
         device: torch.device | None = None,
@@ -66,6 +77,7 @@ class Batches:
             examples: Any = data
             self._loader = DataLoader(examples, batch_size=batch_size, shuffle=False, collate_fn=collate)
         self._seed, self._device, self._dtype = seed, device, dtype
+        self._prepare = prepare or _as_it_is
         self._sums: list[float] = []
         self._length: int | None = None  # once a pass has come to its end
         if next(iter(self), None) is None:
@@ -85,7 +97,7 @@ class Batches:
             if found is None:
                 self._check_end(index)
                 return
-            batch = _as_batch(found)
+            batch = _without_labels(self._prepare(_as_batch(found)))
             self._check_same(index, batch)
             yield self._moved(batch)
 
@@ -165,9 +177,23 @@ def _has_length(value: Any, length: int) -> bool:
     return isinstance(value, Tensor | list | tuple) and getattr(value, "ndim", 1) > 0 and len(value) == length
 
 
+def real_tokens(batch: Batch, shape: Sequence[int], mask: str = "attention_mask") -> Tensor | None:
+    """Which tokens `[examples, tokens]` are no padding, as 0 and 1; None if the batch has no mask of that shape."""
+    found = batch.get(mask)
+    return found if isinstance(found, Tensor) and found.shape == tuple(shape) else None
+
+
 def is_label(name: str) -> bool:
     """Whether an entry of a batch is what Trainer would take for labels."""
     return "label" in name
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if not is_label(name)}
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _holds_examples(data: Any) -> bool:
@@ -191,5 +217,5 @@ def _as_batch(found: Any) -> Batch:
     if isinstance(found, Tensor):
         return {"": found}
     if isinstance(found, Mapping):
-        return {str(name): value for name, value in found.items() if not is_label(str(name))}
+        return {str(name): value for name, value in found.items()}
     raise TypeError(f"a batch of calibration_data must be a mapping or a tensor, got {type(found).__name__}")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kron_hf.calibration.batches import Batch, example_count, split_examples
+from kron_hf.calibration.batches import Batch, example_count, real_tokens, split_examples
+from kron_hf.calibration.decoder import DECODER_MASK
 from kron_hf.calibration.passes import Finish, all_tensors, hooked, run
 
 __all__ = ["OutputGradients", "output_gradients"]
@@ -73,9 +74,9 @@ def output_gradients(
         if first_token_alone:
             found = [each[:, 0] if each.ndim == 3 else each for each in found]
         for index, feature in enumerate(found):
-            spreads.setdefault(index, _Spread()).add(feature)
+            spreads.setdefault(index, _Spread()).add(feature, batch)
             generators.setdefault(index, torch.Generator("cpu").manual_seed(index))
-        signs = [_random_signs(feature, generators[index]) for index, feature in enumerate(found)]
+        signs = [_random_signs(feature, batch, generators[index]) for index, feature in enumerate(found)]
         for index, name, gradient in _gradients(outputs, found, signs):
             sums[name].setdefault(index, _Sums(name)).add(gradient, batch)
         examples += example_count(batch)
@@ -144,21 +145,32 @@ def _gradients(
                 yield index, name, gradient
 
 
-def _random_signs(feature: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or -1 for each number; those of an example do not depend on how examples are batched."""
+def _random_signs(feature: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """1 or -1 for each number, 0 for padding; those of an example do not depend on how examples are batched."""
     drawn = [torch.randint(2, feature.shape[1:], generator=generator, device="cpu") for _ in range(len(feature))]
-    return (torch.stack(drawn) * 2 - 1).to(feature)
+    signs = (torch.stack(drawn) * 2 - 1).to(feature)
+    padding = _padding(batch, feature)
+    return signs if padding is None else signs.masked_fill(padding[..., None], 0)
+
+
+def _padding(batch: Batch, tokens: Tensor) -> Tensor | None:
+    """Which of the tokens `[examples, tokens, features]` are padding; None without a mask that tells."""
+    masks = [real_tokens(batch, tokens.shape[:2], name) for name in ("attention_mask", DECODER_MASK)]
+    known = [mask for mask in masks if mask is not None]
+    return known[0] == 0 if tokens.ndim == 3 and len(known) == 1 else None
 
 
 class _Spread:
-    """The summed variance of a feature `[..., features]` over its rows, times their number."""
+    """The summed variance of a feature `[..., features]` over its rows, times their number; without padding."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.sums = self.squares = torch.zeros((), device="cpu")
 
-    def add(self, feature: Tensor) -> None:
-        values = (feature if feature.ndim > 1 else feature[:, None]).detach().double().flatten(0, -2).cpu()
+    def add(self, feature: Tensor, batch: Batch) -> None:
+        values, padding = (feature if feature.ndim > 1 else feature[:, None]).detach(), _padding(batch, feature)
+        values = values.double().flatten(0, -2) if padding is None else values[~padding].double()
+        values = values.cpu()
         self.rows += len(values)
         self.sums = self.sums + values.sum(0)
         self.squares = self.squares + values.square().sum(0)
@@ -178,7 +190,9 @@ class _Sums:
         self.firsts = self.rest = 0  # how many tokens that were
 
     def add(self, gradient: Tensor, batch: Batch) -> None:
-        squares = gradient.double().square().cpu()
+        padding = _padding(batch, gradient)
+        squares = gradient.double().square()
+        squares = (squares if padding is None else squares.masked_fill(padding[..., None], 0)).cpu()
         if not bool(squares.isfinite().all()):
             raise ValueError(f"{self.name}: the gradients of the model's features by its outputs must be finite")
         by_output = squares.flatten(0, -2).sum(0)
@@ -187,12 +201,7 @@ class _Sums:
             self.first += float(squares[:, 0].sum())
             self.others += float(squares[:, 1:].sum())
             self.firsts += len(squares)
-            self.rest += _real_tokens(batch, squares.shape[:2]) - len(squares)
-
-
-def _real_tokens(batch: Batch, shape: torch.Size) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == shape else shape.numel()
+            self.rest += (squares.shape[:2].numel() if padding is None else int((~padding).sum())) - len(squares)
 
 
 def _mean(

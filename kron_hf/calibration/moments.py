@@ -117,7 +117,7 @@ class Moments:
         Args:
             x: Inputs, `[N, in]`, of any floating dtype and device.
             y: Wanted outputs, `[N, out]`; may be left out if `out_features` is 0.
-            weights: Token weights, `[N]`, not negative; None for ones.
+            weights: Token weights, `[N]`, not negative; None for ones. A row of weight zero may hold anything.
 
         Raises:
             ValueError: If a shape does not fit or a value is NaN, infinite or, in `weights`, negative.
@@ -128,9 +128,16 @@ class Moments:
         for name, value, shape in zip(("x", "y", "weights"), (x, y, weights), wanted, strict=True):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have the shape {shape}, got {tuple(value.shape)}")
-            _check_finite(name, value)
+        _check_finite("weights", weights)
         if bool((weights < 0).any()):
             raise ValueError(f"weights must not be negative, got {int((weights < 0).sum())} of {len(weights)} that are")
+        used = weights > 0
+        if not bool(used.all()):
+            x, y, weights = x[used.to(x.device)], y[used.to(y.device)], weights[used]
+        if not len(weights):
+            return
+        for name, value in (("x", x), ("y", y)):
+            _check_finite(name, value)
         parts = (value.detach().to(self.device).split(ROWS) for value in (x, y, weights))
         with torch.autocast(self.device.type, enabled=False):  # it would round the products to 8 or 11 bits
             for part in zip(*parts, strict=True):
@@ -138,11 +145,6 @@ class Moments:
 
     def _add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         weights = weights.double()
-        used = weights > 0
-        if not bool(used.all()):
-            x, y, weights = x[used], y[used], weights[used]
-        if not len(weights):
-            return
         total = float(weights.sum())
         mean_x, x = _centred(x, weights)
         mean_y, y = _centred(y, weights)

@@ -4,6 +4,7 @@ In a residual block `stream = residual + scale * y`, with y the projection's out
 without it). What the converted model gets wrong in `residual` the projection can mend, if its targets say so.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from kron_hf.calibration.route import Route
 
 __all__ = ["Stream", "find_streams", "watched"]
 
-# Of what follows, this share may be rounding: the square of a relative error, by dtype.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
-COARSE = 3e-3  # bfloat16 and float16
+# Squares of relative errors that may be rounding: of a change, and of the stream itself, by dtype.
+ROUNDING = {torch.float64: (1e-12, 1e-6), torch.float32: (1e-6, 1e-6)}
+COARSE = (3e-3, 1e-4)  # bfloat16 and float16
 Place = tuple[str, int | None]
 
 
@@ -83,23 +84,58 @@ def find_streams(model: nn.Module, route: Route, batch: Batch) -> dict[str, Stre
 
 def _find(model: nn.Module, block: str, name: str, batch: Batch) -> Stream | None:
     output, places = _observe(model, block, name, batch, None)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(output.shape, generator=generator).to(output) * output.float().std().clamp_min(1e-6).to(output)
-    moved = _observe(model, block, name, batch, noise)[1]
-    noise = noise.double().flatten(0, -2)
-    tolerance = ROUNDING.get(output.dtype, COARSE)
+    spread = output[output.isfinite()].float().std().clamp_min(1e-6).to(output)
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output) * spread
+    probes = [_Probe(output, noise, _observe(model, block, name, batch, noise)[1])]
+    # A stream that is large beside what is written to it rounds small changes away; large ones it shows.
+    if (factor := probes[0].lacking(places)) > 1:
+        noise = noise * factor
+        probes.append(_Probe(output, noise, _observe(model, block, name, batch, noise)[1]))
     for place, before in places.items():
-        if place not in moved or moved[place].shape != before.shape:
-            continue
-        change = (moved[place].double() - before.double()).flatten(0, -2)
-        scale = (change * noise).sum(0) / noise.square().sum(0)
-        changed = float(change.square().sum())
-        if changed == 0 or float((change - scale * noise).square().sum()) > tolerance * changed:
-            continue
-        residual = before.double() - scale * output.double()
-        if float(residual.square().sum()) > 1e-6 * float(before.double().square().sum()):
-            return Stream(*place, scale)
+        for probe in probes:
+            if (scale := probe.scale_at(place, before)) is not None:
+                return Stream(*place, scale)
     return None
+
+
+class _Probe:
+    """What followed when noise was added to the output of a linear."""
+
+    def __init__(self, output: Tensor, noise: Tensor, moved: dict[Place, Tensor]) -> None:
+        self.moved, self.largest = moved, torch.finfo(output.dtype).max
+        self.finite = output.isfinite().all(-1).flatten()  # padding may be anything
+        self.output = self._rows(output)
+        self.noise = self._rows(output + noise) - self.output  # as it was rounded
+
+    def lacking(self, places: dict[Place, Tensor]) -> float:
+        """How much larger the noise should be, for the change at every place to be as large as what is there."""
+        changes = [(self._rows(before), self._change(place, before)) for place, before in places.items()]
+        factors = [float(before.norm() / change.norm()) for before, change in changes if change is not None]
+        limit = self.largest / 2**8 / float(self.noise.abs().max())
+        return min(max((each for each in factors if math.isfinite(each)), default=1.0), limit)
+
+    def scale_at(self, place: Place, before: Tensor) -> Tensor | None:
+        """`d stream / d y` of each feature, if a place is `residual + scale * y` with a residual."""
+        change = self._change(place, before)
+        if change is None:
+            return None
+        linear, residual = ROUNDING.get(before.dtype, COARSE)
+        scale = (change * self.noise).sum(0) / self.noise.square().sum(0)
+        if not _energy(change - scale * self.noise) <= linear * _energy(change) > 0:
+            return None
+        stream = self._rows(before)
+        return scale if _energy(stream - scale * self.output) > residual * _energy(stream) else None
+
+    def _change(self, place: Place, before: Tensor) -> Tensor | None:
+        moved = self.moved.get(place)
+        return None if moved is None or moved.shape != before.shape else self._rows(moved) - self._rows(before)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor.double().flatten(0, -2)[self.finite]
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum())
 
 
 def _observe(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kron_hf.calibration.batches import Batch, example_count
+from kron_hf.calibration.batches import Batch, example_count, real_tokens
 
 __all__ = ["TokenWeights", "first_token_weights", "no_weights"]
 
@@ -15,22 +15,20 @@ LEAST = 0.02  # of the mean
 TokenWeights = Callable[[Batch, Tensor], Tensor | None]
 
 
-def no_weights(batch: Batch, x: Tensor) -> Tensor | None:
-    """All tokens alike, but for padding, which does not count."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
-        return mask.to(torch.float64).flatten()
-    return None
+def no_weights(batch: Batch, x: Tensor, mask: str = "attention_mask") -> Tensor | None:
+    """All tokens alike, but for padding by that entry of the batch, which does not count."""
+    found = real_tokens(batch, x.shape[:-1], mask)
+    return None if found is None else found.to(torch.float64).flatten()
 
 
-def first_token_weights(first: float, others: float) -> TokenWeights:
-    """The first token of an example counts `first`, each of the others `others`.
+def first_token_weights(first: float, others: float, mask: str = "attention_mask") -> TokenWeights:
+    """The first token of an example counts `first`, each of the others `others`, and padding nothing.
 
     No token counts less than a fiftieth of the mean. Inputs whose rows are not the tokens of examples count alike.
     """
 
     def weights(batch: Batch, x: Tensor) -> Tensor | None:
-        plain = no_weights(batch, x)
+        plain = no_weights(batch, x, mask)
         if x.ndim != 3 or len(x) != example_count(batch) or x.shape[1] < 2:
             return plain
         tokens = x.shape[1]

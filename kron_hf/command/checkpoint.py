@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from kron_hf.checkpoint.reading import clean_errors, read_config
+from kron_hf.command.options import CheckpointOptions
 from kron_hf.escaping import one_line
 
 __all__ = ["check_head", "has_head", "label_maps", "load_classifier", "load_config", "quant_method"]
@@ -31,12 +32,7 @@ def load_config(name: str, revision: str | None = None, *, token: str | None = N
 
 
 def load_classifier(
-    name: str,
-    label_names: list[str],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    ignore_mismatched_sizes: bool = False,
+    name: str, label_names: list[str], options: CheckpointOptions, *, token: str | None = None
 ) -> PreTrainedModel:
     """The image classifier of a checkpoint, in float32; a checkpoint without a head gets one with random weights.
 
@@ -47,9 +43,9 @@ def load_classifier(
     with clean_errors(name):
         return AutoModelForImageClassification.from_pretrained(
             name,
-            revision=revision or "main",
+            revision=options.model_revision or "main",
             token=token,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             dtype=torch.float32,  # optimizers need it; --bf16 and --fp16 cast where they may
             use_safetensors=True,
             **label_maps(label_names),

@@ -1,12 +1,21 @@
 """The groups of options that several commands have."""
 
+# ruff: noqa: RUF009  # option returns a dataclasses.field, which no instance shares
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["DataOptions", "PublishedArguments", "RunOptions", "option", "required"]
+__all__ = [
+    "CheckpointOptions",
+    "DataOptions",
+    "LayerOptions",
+    "PublishedArguments",
+    "RunOptions",
+    "option",
+    "required",
+]
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -17,6 +26,50 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 def required(help: str, **metadata: Any) -> Any:
     """A field that must be given."""
     return field(metadata={"help": help, **metadata})
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions:
+    """How the model that a command names is read."""
+
+    _argument_group_name = "checkpoint"
+
+    model_revision: str | None = option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
+    image_processor: str | None = option(
+        None, "Directory or id of an image processor; else that of --model, else one made for its config.", metavar="ID"
+    )
+    ignore_mismatched_sizes: bool = option(False, "Put a new head in the place of one for other classes.")
+
+
+@dataclass(kw_only=True)
+class LayerOptions:
+    """Which modules become Kronecker layers, and of which size."""
+
+    _argument_group_name = "Kronecker layers"
+
+    block_size: list[int] | None = option(
+        None, "Block of W for all layers, one number or two: out in; -1 is the whole dimension.", metavar="N"
+    )
+    rank: int | None = option(None, "Number of Kronecker terms.", metavar="R")
+    target_modules: list[str] | None = option(
+        None, "Modules to replace, by name or name ending, or all-linear. (default: attention and MLP)", metavar="NAME"
+    )
+    exclude_modules: list[str] | None = option(None, "Modules to leave alone.", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and len(self.block_size) not in (1, 2):
+            raise ValueError(f"--block-size takes one number or two (out, in), got {self.block_size}")
+
+    def conversion(self) -> dict[str, Any]:
+        """The arguments for `KronConfig` that were given."""
+        sizes, names = self.block_size, self.target_modules
+        given = {
+            "block_size": sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes)),
+            "rank": self.rank,
+            "target_modules": "all-linear" if names == ["all-linear"] else names,
+            "exclude_modules": self.exclude_modules,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(kw_only=True)

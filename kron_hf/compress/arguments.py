@@ -1,12 +1,12 @@
 """The options of `kron-hf compress`, but for those that it shares with other commands."""
 
-# ruff: noqa: RUF009  # option returns a dataclasses.field, which no instance shares
+# option returns a dataclasses.field, which no instance shares
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kron_hf.command.options import option, required
+from kron_hf.command.options import LayerOptions, option, required
 
-__all__ = ["CompressionOptions", "DenseOptions", "HealingOptions"]
+__all__ = ["ComparisonOptions", "CompressionOptions", "DenseOptions", "HealingOptions"]
 
 BUDGETS = ("target_params", "target_flops", "max_error")
 DEFAULT_BUDGET = 0.25  # of the parameters
@@ -23,14 +23,9 @@ class DenseOptions:
         "to which a head is fitted first.",
         metavar="ID_OR_DIR",
     )
-    model_revision: str | None = option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
-    image_processor: str | None = option(
-        None, "Directory or id of an image processor; else that of --model, else one made for its config.", metavar="ID"
-    )
     image_size: int | None = option(
         None, "Pixels a side, for a model that takes other images than its own, as DINOv2 does.", metavar="N"
     )
-    ignore_mismatched_sizes: bool = option(False, "Fit a new head in the place of one for other classes.")
     head_images: int = option(10_000, "Training images that a new head is fitted to.", metavar="N")
 
     def __post_init__(self) -> None:
@@ -41,7 +36,7 @@ class DenseOptions:
 
 @dataclass(kw_only=True)
 class CompressionOptions:
-    """How small it becomes, by one budget or one block size and rank."""
+    """How small it becomes, by one budget, or else one block size and rank."""
 
     _argument_group_name = "compression"
 
@@ -50,43 +45,46 @@ class CompressionOptions:
     )
     target_flops: float | None = option(None, "The same for their FLOPs.", metavar="F")
     max_error: float | None = option(None, "As few parameters as this relative error of each layer takes.", metavar="F")
-    block_size: list[int] | None = option(
-        None, "Instead, one block of W for all, one number or two: out in; -1 is the whole dimension.", metavar="N"
-    )
-    rank: int | None = option(None, "Number of Kronecker terms, with --block-size.", metavar="R")
-    target_modules: list[str] | None = option(
-        None, "Modules to replace, by name or name ending, or all-linear. (default: attention and MLP)", metavar="NAME"
-    )
-    exclude_modules: list[str] | None = option(None, "Modules to leave alone.", metavar="NAME")
     calibration_images: int = option(2000, "Training images that the layers are fitted to.", metavar="N")
     readout: Literal["cls", "all"] | None = option(None, "Which tokens count; by default those that the head reads.")
 
     def __post_init__(self) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        sizes = [name for name in ("block_size", "rank") if getattr(self, name) is not None]
+        if self.calibration_images < 1:
+            raise ValueError(f"--calibration-images must be at least 1, got {self.calibration_images}")
+
+    def conversion(self, layers: LayerOptions) -> dict[str, Any]:
+        """The arguments for `KronConfig` that were given.
+
+        Raises:
+            ValueError: They exclude each other.
+        """
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        sizes = [name for name in ("block_size", "rank") if getattr(layers, name) is not None]
         if len(given) + bool(sizes) > 1:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *sizes))
             raise ValueError(f"{flags}: give one budget, or --block-size and --rank, since each alone decides")
-        if sizes and len(sizes) < 2:
+        if len(sizes) == 1:
             raise ValueError("--block-size and --rank belong together")
-        if self.block_size is not None and len(self.block_size) not in (1, 2):
-            raise ValueError(f"--block-size takes one number or two (out, in), got {self.block_size}")
-        if self.calibration_images < 1:
-            raise ValueError(f"--calibration-images must be at least 1, got {self.calibration_images}")
-        if not given and not sizes:
-            self.target_params = DEFAULT_BUDGET
+        return layers.conversion() | (given or ({} if sizes else {"target_params": DEFAULT_BUDGET}))
 
-    def conversion(self) -> dict[str, Any]:
-        """The arguments for `KronConfig` that were given."""
-        sizes, names = self.block_size, self.target_modules
-        given = {
-            **{name: getattr(self, name) for name in BUDGETS},
-            "block_size": sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes)),
-            "rank": self.rank,
-            "target_modules": "all-linear" if names == ["all-linear"] else names,
-            "exclude_modules": self.exclude_modules,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+
+@dataclass(kw_only=True)
+class ComparisonOptions:
+    """What the two models are compared on, besides the images of the task."""
+
+    _argument_group_name = "comparison"
+
+    ood_dataset: str | None = option(
+        None,
+        "Images of another kind, labelled or not, as --dataset names them: how far from the dense model is the "
+        "compressed one there, and on those of the task?",
+        metavar="ID_OR_DIR",
+    )
+    ood_images: int = option(1000, "How many of either.", metavar="N")
+
+    def __post_init__(self) -> None:
+        if self.ood_images < 1:
+            raise ValueError(f"--ood-images must be at least 1, got {self.ood_images}")
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from kron_hf.command.table import aligned
+from kron_hf.compress.fidelity import AGREEMENT, FEATURE_ERROR, fidelity
 from kron_hf.compress.latency import alternating_milliseconds, machine
 from kron_hf.compress.task import Task
+from kron_hf.data.splits import LabelledImages
 from kron_hf.escaping import plain
 from kron_hf.summary import kron_summary, model_flops
 
@@ -31,6 +33,7 @@ class Comparison:
         dataset: Name of the images.
         about_dense: What the dense model is, where that is not plain.
         measured_on: Machine of the milliseconds, and how many forwards their medians are of.
+        fidelity: How near the two are on images of the task and on others, by their name (see `fidelity`).
     """
 
     dense: dict[str, float]
@@ -39,6 +42,7 @@ class Comparison:
     dataset: str = ""
     about_dense: str = ""
     measured_on: str = ""
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -52,7 +56,7 @@ class Comparison:
     def __str__(self) -> str:
         rows = [("", "dense", "compressed", "ratio"), *(self._row(name) for name in self.dense)]
         about = f" (dense: {self.about_dense})" if self.about_dense else ""
-        parts = [f"{plain(self.dataset)}{about}:", *self._stages(), aligned(rows)]
+        parts = [f"{plain(self.dataset)}{about}:", *self._stages(), aligned(rows), *self._fidelity()]
         return "\n".join([*parts, f"(milliseconds: medians in turn, measured now on this machine, {self.measured_on})"])
 
     def _stages(self) -> list[str]:
@@ -63,6 +67,16 @@ class Comparison:
         steps = {"dense": self.dense, **self.stages}
         shown = ", ".join(f"{stage} {figures[names[0]]:.4f}" for stage, figures in steps.items())
         return [f"{_label(names[0])}: {shown}"]
+
+    def _fidelity(self) -> list[str]:
+        if not self.fidelity:
+            return []
+        rows = [("compressed beside dense", "same prediction", "error of the final tokens")]
+        rows += [
+            (plain(name), f"{values[AGREEMENT]:.4f}", f"{values[FEATURE_ERROR]:.4f}")
+            for name, values in self.fidelity.items()
+        ]
+        return ["", aligned(rows)]
 
     def _row(self, name: str) -> tuple[str, ...]:
         before, after = self.dense[name], self.compressed[name]
@@ -79,6 +93,8 @@ def compare(
     stages: dict[str, dict[str, float]],
     *,
     about_dense: str = "",
+    others: tuple[str, LabelledImages] | None = None,
+    other_images: int = 1000,
 ) -> Comparison:
     """Measures both models; the test images are read here and nowhere else.
 
@@ -88,6 +104,8 @@ def compare(
         task: The images.
         stages: Figures on the validation images after each stage: of the dense model, then of each that followed.
         about_dense: What the dense model is, where that is not plain.
+        others: Name and images of another kind, on which the two are compared besides.
+        other_images: How many of those, and of the task's own.
     """
     *_, last = stages
     figures = [dict(stages["dense"]), dict(stages[last])]
@@ -115,7 +133,18 @@ def compare(
         dataset=task.splits.name,
         about_dense=about_dense,
         measured_on=f"{machine(torch.device(model.device))}; {runs}",
+        fidelity={} if others is None else _fidelities(dense, model, task, others, other_images),
     )
+
+
+def _fidelities(
+    dense: PreTrainedModel, model: PreTrainedModel, task: Task, others: tuple[str, LabelledImages], count: int
+) -> dict[str, dict[str, float]]:
+    own = task.splits.validation if task.splits.test is None else task.splits.test
+    kind = "validation" if task.splits.test is None else "test"
+    sets = {f"{task.splits.name}, {kind}": own, f"{others[0]}, out of domain": others[1]}
+    size = task.options.batch_size
+    return {name: fidelity(dense, model, task.some(images, count), batch_size=size) for name, images in sets.items()}
 
 
 def _file_bytes(model: PreTrainedModel) -> int:

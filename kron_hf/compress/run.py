@@ -25,6 +25,7 @@ from kron_hf.compress.stages import STAGES, Stages
 from kron_hf.compress.task import Task
 from kron_hf.config import KronConfig
 from kron_hf.conversion import calibrate, check_conversion
+from kron_hf.data.sources import load_any_images
 
 __all__ = ["run_compress"]
 
@@ -65,8 +66,8 @@ def run_compress(arguments: Sequence[str], *, write: Callable[[str], Any] = prin
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    parts = (options.dense, options.data, options.compression, options.healing)
-    every = {name: value for part in parts for name, value in asdict(part).items()}
+    groups = options[:-1]  # the last says what becomes of an earlier run
+    every = {name: value for group in groups for name, value in asdict(group).items()} | options.conversion()
     return plain_settings({name: value for name, value in every.items() if name not in NO_SETTINGS})
 
 
@@ -77,11 +78,14 @@ class _Compression:
         self.options, self.record, self.write = options, record, write
         self.stages, self.token = Stages(record.output_dir), options.healing.hub_token
         splits = load_images(options.data, self.token)
-        config = check_dense(options.dense, splits.label_names, token=self.token)
-        self.new_head = needs_head(options.dense, config)
+        model, checkpoint, token = options.dense.model, options.checkpoint, self.token
+        config = check_dense(model, checkpoint, splits.label_names, token=token)
+        self.new_head = needs_head(checkpoint, config)
+        others = options.comparison.ood_dataset
+        self.others = None if others is None else load_any_images(others, token=token, option="--ood-dataset")
         self.task = Task(
             splits=splits,
-            processor=load_processor(options.dense, config, token=self.token),
+            processor=load_processor(model, checkpoint, config, image_size=options.dense.image_size, token=token),
             channels=model_channels(config),
             metric=load_metric(options.data.metric, options.data.metric_options)[1],
             options=options.healing,
@@ -91,21 +95,27 @@ class _Compression:
 
     def run(self) -> Comparison:
         self._introduce()
-        goes_on = self.stages.are_calibrated and not self.options.run.overwrite
-        if goes_on:
+        anew = self.options.run.overwrite
+        if self.stages.are_calibrated and not anew:
             self.write(f"Going on with the calibrated model in {self.stages.calibrated}")
             dense = self._placed(self.stages.load_dense() if self.new_head else self._load())
             figures = self._measure(dense, "dense")
         else:
-            dense, figures = self._dense()
-            if self.options.healing.push_to_hub:  # what the Hub refuses is better known now
-                publisher(dense, self.task)
+            dense = self._dense(goes_on=self.new_head and self.stages.have_dense and not anew)
+            figures = self._measure(dense, "dense")
             self._calibrate(dense)
         stages, model = {"dense": figures}, self._placed(self.stages.load_calibrated())
         stages["calibrated"] = self._measure(model, "calibrated")
         model = self._heal(model, dense, stages)
-        about = "the backbone as it is, with a head fitted to its features" if self.new_head else ""
-        comparison = compare(dense, model, self.task, stages, about_dense=about)
+        comparison = compare(
+            dense,
+            model,
+            self.task,
+            stages,
+            about_dense="the backbone as it is, with a head fitted to its features" if self.new_head else "",
+            others=self.others,
+            other_images=self.options.comparison.ood_images,
+        )
         publish(model, self.task, comparison)
         self.record.finish(comparison.to_dict())
         self.stages.remove()
@@ -128,29 +138,41 @@ class _Compression:
 
     def _load(self) -> PreTrainedModel:
         set_seed(self.task.options.seed)  # of a head that is not in the checkpoint
-        return load_dense(self.options.dense, self.task.splits.label_names, token=self.token)
+        options = self.options
+        return load_dense(options.dense.model, options.checkpoint, self.task.splits.label_names, token=self.token)
 
-    def _dense(self) -> tuple[PreTrainedModel, dict[str, float]]:
+    def _dense(self, *, goes_on: bool) -> PreTrainedModel:
+        """The model to calibrate; a head that is fitted to it is kept in the output directory."""
+        if goes_on:
+            self.write(f"Going on with the dense model and its fitted head in {self.stages.dense}")
+            return self._placed(self.stages.load_dense())
         dense = self._placed(self._load())
         if self.new_head:
             head_of(dense)
-            check_conversion(dense, self._config())  # before the features are computed
+        check_conversion(dense, self._config())  # before features are computed, and before the Hub is asked
+        if self.options.healing.push_to_hub:  # what the Hub refuses is better known now
+            publisher(dense, self.task)
+        if self.new_head:
             images = self.task.sample(self.options.dense.head_images)
             held_out = self.task.examples(self.task.splits.validation)
             fit_head(dense, images, held_out, batch_size=self.task.options.batch_size)
             self.write(f"A head was fitted to the dense model's features of {len(images)} images")
-        return dense, self._measure(dense, "dense")
+            self._begin()
+            self.stages.save_dense(dense)
+        return dense
 
     def _calibrate(self, dense: PreTrainedModel) -> None:
-        options = self.options.compression
-        images = self.task.sample(options.calibration_images)
+        images = self.task.sample(self.options.compression.calibration_images)
+        self.write(f"Calibrating on {len(images)} images; killed in this, the command begins this anew")
         calibration = calibrate(dense, self._config(), images)
         self.write(f"\n{calibration.result}\n")
-        # Only now: a command that failed before leaves nothing behind.
-        self.record.begin(overwrite=self.options.run.overwrite)
-        if self.new_head:
-            self.stages.save_dense(dense)
+        if not self.new_head:
+            self._begin()
         self.stages.save_calibrated(calibration.convert(copy.deepcopy(dense)), calibration.result)
+
+    def _begin(self) -> None:
+        """Called with the first result: a command that failed before leaves nothing behind."""
+        self.record.begin(overwrite=self.options.run.overwrite)
 
     def _heal(
         self, model: PreTrainedModel, dense: PreTrainedModel, stages: dict[str, dict[str, float]]
@@ -167,9 +189,9 @@ class _Compression:
         return model
 
     def _config(self) -> KronConfig:
-        options, healing = self.options.compression, self.options.healing
-        how = CalibrationConfig(readout=options.readout, batch_size=healing.batch_size, seed=healing.seed)
-        return KronConfig(calibration_config=how, **options.conversion())
+        readout, healing = self.options.compression.readout, self.options.healing
+        how = CalibrationConfig(readout=readout, batch_size=healing.batch_size, seed=healing.seed)
+        return KronConfig(calibration_config=how, **self.options.conversion())
 
     def _measure(self, model: PreTrainedModel, stage: str) -> dict[str, float]:
         figures = self.task.measure(model, self.task.splits.validation, "validation")

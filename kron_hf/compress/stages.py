@@ -25,6 +25,11 @@ class Stages:
         self.distillation, self.finetuning = output_dir / DISTILL, output_dir / FINETUNE
 
     @property
+    def have_dense(self) -> bool:
+        """Whether there is a dense model with a head that was fitted here."""
+        return self.dense.is_dir()
+
+    @property
     def are_calibrated(self) -> bool:
         """Whether there is a calibrated model to go on with."""
         return self.calibrated.is_dir()

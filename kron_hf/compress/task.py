@@ -48,9 +48,12 @@ class Task:
 
     def sample(self, count: int) -> Examples:
         """Some of the training images, in an order that does not depend on their number."""
-        total = len(self.splits.train)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.options.seed))
-        return self.examples(self.splits.train.keep(order[:count].tolist()))
+        return self.some(self.splits.train, count)
+
+    def some(self, images: LabelledImages, count: int) -> Examples:
+        """The same of other images."""
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.options.seed))
+        return self.examples(images.keep(order[:count].tolist()))
 
     def arguments(self, output_dir: Path, **more: Any) -> PublishedArguments:
         """Arguments for a trainer that writes there."""

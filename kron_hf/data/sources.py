@@ -8,7 +8,7 @@ from kron_hf.data.idx import holds_idx_files
 from kron_hf.data.splits import ArrayImages, ImageSplits, LabelledImages, StoredImages, hold_out
 from kron_hf.escaping import one_line
 
-__all__ = ["load_splits"]
+__all__ = ["load_any_images", "load_splits"]
 
 GREY_SETS = ("digits", "fashion_mnist")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -86,6 +86,37 @@ def load_splits(
     return _checked(splits, source)
 
 
+def load_any_images(source: str, *, token: str | None = None, option: str = "--dataset") -> tuple[str, LabelledImages]:
+    """The images of a data set that needs no labels, and what it is called: its test split, if it has one.
+
+    Args:
+        source: As for `load_splits`.
+        token: Token for the Hub.
+        option: Of the command line, for errors.
+
+    Raises:
+        OSError: The data cannot be found or read.
+        ValueError: There are no images.
+    """
+    folder = Path(source)
+    if source in GREY_SETS or (folder.is_dir() and holds_idx_files(folder)):
+        splits = _from_grey(source)
+        return splits.name, splits.test or splits.validation
+    loaded = _load(source, None, None, token, option)
+    rows = loaded[next((name for name in ("test", *VALIDATION_NAMES) if name in loaded), next(iter(loaded)))]
+    images = _stored(rows, _image_column(rows, source, None))
+    if not len(rows):
+        raise ValueError(f"{source} holds no images")
+    name = folder.resolve().name if folder.is_dir() else source
+    return name, LabelledImages(images, [0] * len(rows), range(len(rows)))
+
+
+def _stored(rows: Any, column: str) -> StoredImages:
+    import datasets
+
+    return StoredImages(rows.cast_column(column, datasets.Image(decode=False)), column)
+
+
 def _checked(splits: ImageSplits, source: str) -> ImageSplits:
     for kind, images in (("training", splits.train), ("validation", splits.validation)):
         if len(images) == 0:
@@ -110,28 +141,30 @@ def _from_grey(source: str) -> ImageSplits:
     )
 
 
-def _load(source: str, config_name: str | None, revision: str | None, token: str | None) -> dict[str, Any]:
+def _load(
+    source: str, config_name: str | None, revision: str | None, token: str | None, option: str = "--dataset"
+) -> dict[str, Any]:
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     folder = Path(source)
     if folder.is_file():
-        raise NotADirectoryError(f"--dataset {source} is a file; name the folder that holds it")
+        raise NotADirectoryError(f"{option} {source} is a file; name the folder that holds it")
     # A local path must not become a question to the Hub.
     if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not folder.is_dir():
-        raise FileNotFoundError(f"--dataset {source}: there is no such folder")
+        raise FileNotFoundError(f"{option} {source}: there is no such folder")
     try:
         if folder.is_dir() and (folder / "dataset_dict.json").is_file():
             return _by_name(datasets.load_from_disk(str(folder)))
         loaded = datasets.load_dataset(source, config_name, revision=revision, token=token)
     except DatasetGenerationError as error:
-        raise ValueError(f"--dataset {source} cannot be read: {one_line(str(error.__cause__ or error))}") from error
+        raise ValueError(f"{option} {source} cannot be read: {one_line(str(error.__cause__ or error))}") from error
     except (OSError, DatasetsError, ValueError) as error:
         where = (
             "holds no images that can be read" if folder.is_dir() else "is no folder here, nor could the Hub give it"
         )
         reason = one_line(str(error))
-        raise OSError(f"--dataset {source} {where}: {reason}") from error
+        raise OSError(f"{option} {source} {where}: {reason}") from error
     return _by_name(loaded)
 
 
@@ -179,12 +212,10 @@ def _label_names(rows: Any, column: str) -> list[Any]:
 
 
 def _labelled(rows: Any, where: str, image_column: str, label_column: str, names: list[Any]) -> LabelledImages:
-    import datasets
-
     for column in (image_column, label_column):
         if column not in rows.column_names:
             raise ValueError(f"{where} has no column {column!r}; its columns are {rows.column_names}")
-    images = StoredImages(rows.cast_column(image_column, datasets.Image(decode=False)), image_column)
+    images = _stored(rows, image_column)
     values = list(rows[label_column])
     if getattr(rows.features[label_column], "names", None) is None:
         index = {name: label for label, name in enumerate(names)}

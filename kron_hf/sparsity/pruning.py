@@ -22,6 +22,7 @@ __all__ = [
     "Regroup",
     "block_entries",
     "block_masks",
+    "check_reachable",
     "choose_blocks",
     "choose_dead",
     "cubic_sparsity",
@@ -96,7 +97,8 @@ def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required
 
     Returns:
         Counts with `dead <= count <= max(size - 1, dead)` whose entries reach `required` by less than one block
-        (or stay at `dead` where that is more). Rounding goes to the layers with the lowest share, earlier ones first.
+        (or stay at `dead` where that is more, and end with one block left in each layer where that is not enough).
+        Rounding goes to the layers with the lowest share, earlier ones first.
     """
     caps = [max(size - 1, gone) for size, gone in zip(sizes, dead, strict=True)]
 
@@ -111,10 +113,31 @@ def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required
         middle = (low + high) / 2
         low, high = (middle, high) if missing(at(middle)) >= 0 else (low, middle)
     counts = at(low)
-    while missing(counts) > 0:
+    while missing(counts) > 0 and counts != caps:
         open_layers = [i for i, count in enumerate(counts) if count < caps[i]]
         counts[min(open_layers, key=lambda i: counts[i] / sizes[i])] += 1
     return counts
+
+
+def check_reachable(sparsity: float, total: int, kept: int, layers: int) -> None:
+    """Refuses a target that would take the last block of a layer.
+
+    Args:
+        sparsity: The target.
+        total: Entries of all layers.
+        kept: Entries of one block of each layer that has a living one.
+        layers: Number of layers.
+
+    Raises:
+        ValueError: It would.
+    """
+    required = required_entries(sparsity, total)
+    if required > total - kept:
+        raise ValueError(
+            f"target_sparsity={sparsity} needs {required} of {total} entries in zero blocks, "
+            f"but with one block kept in each of the {layers} layers at most {total - kept} can be "
+            f"(sparsity {(total - kept) / total:.4f})"
+        )
 
 
 def choose_dead(

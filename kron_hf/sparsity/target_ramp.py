@@ -12,7 +12,7 @@ from kron_hf.sharding import local, shard_of
 from kron_hf.sparsity.groups import regrouping
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.options import SparsityOptions
-from kron_hf.sparsity.pruning import block_entries, choose_dead, cubic_sparsity, required_entries, share_of_entries
+from kron_hf.sparsity.pruning import block_entries, check_reachable, choose_dead, cubic_sparsity, share_of_entries
 from kron_hf.sparsity.shadow import Shadow
 
 __all__ = ["TargetRamp"]
@@ -118,13 +118,7 @@ class TargetRamp:
         total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
         masks = zip(layers, always, strict=True)
         kept = sum(block_entries(layer) for layer, mask in masks if mask is None or not bool(mask.all()))
-        required = required_entries(self._target, total)
-        if required > total - kept:
-            raise ValueError(
-                f"target_sparsity={self._target} needs {required} of {total} entries in zero blocks, "
-                f"but with one block kept in each of the {len(layers)} Kronecker layers at most {total - kept} can be "
-                f"(sparsity {(total - kept) / total:.4f})"
-            )
+        check_reachable(self._target, total, kept, len(layers))
 
 
 def _zero(layers: list[KronLinear], masks: list[Tensor]) -> None:

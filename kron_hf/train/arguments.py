@@ -1,4 +1,4 @@
-"""The options of `kron-hf train`: four groups of its own, then every option of `TrainingArguments`."""
+"""The options of `kron-hf train`: its own groups, then every option of `TrainingArguments`."""
 
 # ruff: noqa: RUF009  # option returns a dataclasses.field, which no instance shares
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from kron_hf.command.options import PublishedArguments, option
+from kron_hf.command.options import LayerOptions, PublishedArguments, option
 
 __all__ = ["METRIC", "CommandArguments", "KronOptions", "ModelOptions"]
 
@@ -30,11 +30,6 @@ class ModelOptions:
     config_overrides: str | None = option(
         None, "Sizes to change when training from scratch: hidden_size=64,num_hidden_layers=4,...", metavar="K=V,..."
     )
-    model_revision: str | None = option(None, "Branch, tag or commit of --model on the Hub.", metavar="REV")
-    image_processor: str | None = option(
-        None, "Directory or id of an image processor; else that of --model, else one made for its config.", metavar="ID"
-    )
-    ignore_mismatched_sizes: bool = option(False, "Replace a head that was trained for another number of classes.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.model_type is None):
@@ -45,19 +40,13 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class KronOptions:
-    """Its Kronecker layers and their sparsity."""
-
-    _argument_group_name = "Kronecker layers"
+class KronOptions(LayerOptions):
+    """The Kronecker layers of a model and their sparsity."""
 
     block_size: list[int] | None = option(
         None, "Block of W, one number or two: out in; -1 is the whole dimension. (default: 16)", metavar="N"
     )
     rank: int | None = option(None, "Number of Kronecker terms. (default: 4)", metavar="R")
-    target_modules: list[str] | None = option(
-        None, "Modules to replace, by name or name ending, or all-linear. (default: attention and MLP)", metavar="NAME"
-    )
-    exclude_modules: list[str] | None = option(None, "Modules to leave alone.", metavar="NAME")
     init_weights: Literal["random", "nearest"] | None = option(
         None,
         "How the factors start in a trained dense model: nearest keeps little of its weights, random nothing.",
@@ -81,22 +70,14 @@ class KronOptions:
     mask_lr: float = option(1.0, "Factor of the learning rate of S.", metavar="F")
 
     def __post_init__(self) -> None:
-        if self.block_size is not None and len(self.block_size) not in (1, 2):
-            raise ValueError(f"--block-size takes one number or two (out, in), got {self.block_size}")
+        super().__post_init__()
         if self.target_sparsity is not None and self.l1 is not None:
             raise ValueError("--target-sparsity and --l1 exclude each other: the one fixes the sparsity, the other not")
 
     def conversion(self) -> dict[str, Any]:
         """The arguments for `KronConfig` that were given."""
-        sizes, names = self.block_size, self.target_modules
-        given = {
-            "block_size": sizes and (sizes[0] if len(sizes) == 1 else tuple(sizes)),
-            "rank": self.rank,
-            "target_modules": "all-linear" if names == ["all-linear"] else names,
-            "exclude_modules": self.exclude_modules,
-            "init_weights": self.init_weights,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+        start = {} if self.init_weights is None else {"init_weights": self.init_weights}
+        return super().conversion() | start
 
     def sparsity(self) -> dict[str, Any]:
         """The arguments for `SparsityCallback`, but for the target, that were given."""

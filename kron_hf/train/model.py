@@ -5,6 +5,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from kron_hf.command.checkpoint import check_head, label_maps, load_classifier, load_config, quant_method
+from kron_hf.command.options import CheckpointOptions
 from kron_hf.command.processor import load_image_processor, make_image_processor, model_channels
 from kron_hf.config import KronConfig
 from kron_hf.escaping import one_line
@@ -16,7 +17,12 @@ __all__ = ["build_image_processor", "build_model"]
 
 
 def build_model(
-    options: ModelOptions, kron: KronOptions, label_names: list[str], *, token: str | None = None
+    options: ModelOptions,
+    checkpoint: CheckpointOptions,
+    kron: KronOptions,
+    label_names: list[str],
+    *,
+    token: str | None = None,
 ) -> PreTrainedModel:
     """The model with Kronecker layers and a head for these classes.
 
@@ -27,7 +33,7 @@ def build_model(
         OSError: The model cannot be found or read.
         ValueError: Options do not fit the model, or its head the classes.
     """
-    config = _config(options, token)
+    config = _config(options, checkpoint.model_revision, token)
     model_channels(config)
     kronecker = quant_method(config) == "kron"
     labels = label_maps(label_names)
@@ -45,33 +51,29 @@ def build_model(
             "  --init-weights random    new weights for the replaced modules\n"
             "  --from-scratch           a new model from its config alone"
         )
-    if not options.ignore_mismatched_sizes:
+    if not checkpoint.ignore_mismatched_sizes:
         check_head(str(options.model), config, label_names)
-    model = load_classifier(
-        str(options.model),
-        label_names,
-        revision=options.model_revision,
-        token=token,
-        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-    )
+    model = load_classifier(str(options.model), label_names, checkpoint, token=token)
     return model if kron_layers(model) else get_kron_model(model, KronConfig(**kron.conversion()))
 
 
-def build_image_processor(options: ModelOptions, config: Any, *, token: str | None = None) -> Any:
+def build_image_processor(
+    options: ModelOptions, checkpoint: CheckpointOptions, config: Any, *, token: str | None = None
+) -> Any:
     """The image processor that was asked for or came with the checkpoint, else one made for the config.
 
     Raises:
         OSError: The one that was asked for cannot be read.
     """
-    if options.image_processor is not None:
-        return AutoImageProcessor.from_pretrained(options.image_processor, token=token)
+    if checkpoint.image_processor is not None:
+        return AutoImageProcessor.from_pretrained(checkpoint.image_processor, token=token)
     found = None
     if not options.from_scratch and options.model is not None:
-        found = load_image_processor(options.model, options.model_revision, token=token)
+        found = load_image_processor(options.model, checkpoint.model_revision, token=token)
     return make_image_processor(config) if found is None else found
 
 
-def _config(options: ModelOptions, token: str | None) -> Any:
+def _config(options: ModelOptions, revision: str | None, token: str | None) -> Any:
     if options.model_type is not None:
         try:
             return AutoConfig.for_model(options.model_type)
@@ -79,7 +81,7 @@ def _config(options: ModelOptions, token: str | None) -> Any:
             raise ValueError(
                 f"--model-type {options.model_type!r} is no architecture of transformers; try vit, deit, swin, dinov2"
             ) from error
-    return load_config(str(options.model), options.model_revision, token=token)
+    return load_config(str(options.model), revision, token=token)
 
 
 def _from_config(options: ModelOptions, config: Any, labels: dict[str, Any]) -> PreTrainedModel:

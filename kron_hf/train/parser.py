@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 from transformers import HfArgumentParser
 
-from kron_hf.command.options import DataOptions, RunOptions
+from kron_hf.command.options import CheckpointOptions, DataOptions, RunOptions
 from kron_hf.command.parser import make_parser, parse_groups
 from kron_hf.train.arguments import CommandArguments, KronOptions, ModelOptions
 
 __all__ = ["Options", "build_parser", "parse_options"]
 
-GROUPS: Any = (ModelOptions, DataOptions, KronOptions, RunOptions, CommandArguments)
+GROUPS: Any = (ModelOptions, CheckpointOptions, DataOptions, KronOptions, RunOptions, CommandArguments)
 DESCRIPTION = """\
 Trains an image classifier with Kronecker layers, from scratch or from a checkpoint. Killed, the same command goes on
 where the last complete checkpoint ends. Options may stand in a JSON or YAML file, named first; the command line wins
@@ -29,6 +29,7 @@ class Options(NamedTuple):
     """The parsed groups."""
 
     model: ModelOptions
+    checkpoint: CheckpointOptions
     data: DataOptions
     kron: KronOptions
     run: RunOptions

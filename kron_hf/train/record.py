@@ -25,6 +25,7 @@ def check_output_dir(options: Options) -> RunRecord:
         ValueError: It holds a run with other settings.
     """
     training = {name: getattr(options.training, name) for name in TRAINING}
-    every = {**asdict(options.model), **asdict(options.data), **asdict(options.kron), **training}
+    groups = (options.model, options.checkpoint, options.data, options.kron)
+    every = {name: value for group in groups for name, value in asdict(group).items()} | training
     output_dir = Path(options.training.output_dir or ".")
     return open_record("train", output_dir, plain_settings(every), overwrite=options.run.overwrite)

@@ -119,8 +119,9 @@ def _build_trainer(options: Options, splits: ImageSplits) -> CommandTrainer:
     if training.metric_for_best_model == METRIC:
         training.metric_for_best_model = metric_name
     set_seed(training.seed)
-    model = build_model(options.model, kron, splits.label_names, token=training.hub_token)
-    processor = build_image_processor(options.model, model.config, token=training.hub_token)
+    start, token = (options.model, options.checkpoint), training.hub_token
+    model = build_model(*start, kron, splits.label_names, token=token)
+    processor = build_image_processor(*start, model.config, token=token)
     channels = model_channels(model.config)
     train = Examples(splits.train, processor, channels, flip=options.data.horizontal_flip, seed=training.seed)
     return CommandTrainer(
