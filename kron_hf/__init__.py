@@ -14,6 +14,7 @@ from kron_hf.block_size_callback import BlockSizeCallback
 from kron_hf.calibration_config import CalibrationConfig
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
+from kron_hf.conv_layer import KronConv2d
 from kron_hf.conversion import Calibration, calibrate
 from kron_hf.distillation import DistillationConfig, DistillationLoss
 from kron_hf.hub import push_to_hub
@@ -38,6 +39,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationLoss",
     "KronConfig",
+    "KronConv2d",
     "KronLinear",
     "KronTrainer",
     "Sparsifier",

@@ -44,12 +44,13 @@ class KronConfig(PeftConfig):
     Names and matching rules are those of PEFT's configs.
 
     Args:
-        block_size: Shape of a block of W, `(out, in)`, or one int for square blocks. -1 in a pair is the whole
-            dimension: `(1, -1)` is a plain low-rank layer. Must divide the layers it is used on.
-        rank: Number of Kronecker terms, r in the paper; from 1 to `bo * bi`.
+        block_size: Shape of a block of W, `(out, in)`, or one int for square blocks; channels, of a convolution. -1 in
+            a pair is the whole dimension: `(1, -1)` is a plain low-rank layer. Must divide the layers it is used on.
+        rank: Number of Kronecker terms, r in the paper; from 1 to `bo * bi`, of a convolution `bo * bi * kh * kw`.
         target_modules: Which `nn.Linear`s to replace. None: the attention and MLP projections of the architecture
             (on a plain `nn.Module`, as `"all-linear"`). `"all-linear"`: every linear but the output head. A list:
-            names or name endings. Any other string: a regular expression for the whole name.
+            names or name endings. Any other string: a regular expression for the whole name. An `nn.Conv2d` is
+            replaced where it is named, by a list or an expression; depthwise and grouped ones cannot be.
         exclude_modules: Names or name endings (list), or a regular expression (str), to leave alone.
         layers_to_transform: Indices of the encoder layers to touch; only with a list of `target_modules`.
         layers_pattern: Name of the list that these indices count, if it is an unusual one.
@@ -128,7 +129,7 @@ class KronConfig(PeftConfig):
         self.peft_type = kron_peft_type()
         _check_version(self.format_version)
         self.block_size = checked_block_size("block_size", self.block_size)
-        self.rank = checked_rank("rank", self.rank, None if self._chooses() else self.block_size)
+        self.rank = checked_rank("rank", self.rank, None if self._chooses() else self._closed(self.block_size))
         self._check_names()
         self._check_candidates()
         self._check_layer_selection()
@@ -176,6 +177,10 @@ class KronConfig(PeftConfig):
         if self.init_weights == "calibrated":
             return "init_weights='calibrated'"
         return None if self.calibration_config is None else "calibration_config"
+
+    def _closed(self, block_size: BlockSize) -> BlockSize | None:
+        """The block size, if it alone limits the rank: blocks of a convolution, which must be named, hold more."""
+        return block_size if self.modules is None and self.target_modules in (None, "all-linear") else None
 
     def _chooses(self) -> bool:
         return self.candidate_block_sizes is not None or self.candidate_ranks is not None
@@ -240,7 +245,7 @@ class KronConfig(PeftConfig):
                     f"candidate_block_sizes and candidate_ranks give blocks of {pair} at rank {rank} twice"
                 )
             seen.add((pair, rank))
-            checked_rank(f"the rank of a candidate of block_size {size}", rank, size)
+            checked_rank(f"the rank of a candidate of block_size {size}", rank, self._closed(size))
 
     def _check_layer_selection(self) -> None:
         self.layers_to_transform = checked_indices(self.layers_to_transform)

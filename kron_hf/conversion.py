@@ -29,6 +29,7 @@ from kron_hf.calibration_data import check_batch, model_batches
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.config import KronConfig
 from kron_hf.evaluation_mode import evaluation
+from kron_hf.kron_layer import KronLayer
 from kron_hf.layers import KronLinear
 from kron_hf.surgery import replace_modules
 from kron_hf.targets import Target, find_targets, pretrained_parts
@@ -69,7 +70,7 @@ def install_layers(model: ModelT, layers: Mapping[str, nn.Module]) -> ModelT:
     """Puts layers in the place of modules, and says so in the configs that `from_pretrained` reads."""
     replace_modules(model, layers)
     for part in pretrained_parts(model).values():
-        if any(isinstance(module, KronLinear) for module in part.modules()):
+        if any(isinstance(module, KronLayer) for module in part.modules()):
             attach_kron_config(part)
     return model
 

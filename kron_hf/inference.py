@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from kron_hf.escaping import printable
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 
 __all__ = ["fold_for_inference"]
 
@@ -35,6 +35,7 @@ def fold_for_inference(model: ModelT, *, tokens: int = 4096, keep_weight: bool =
 
     Example:
         >>> import torch
+        >>> from kron_hf import KronLinear
         >>> layer = fold_for_inference(KronLinear(8, 8, block_size=4, rank=2))
         >>> with torch.no_grad():
         ...     layer(torch.zeros(3, 8)).shape
@@ -42,7 +43,7 @@ def fold_for_inference(model: ModelT, *, tokens: int = 4096, keep_weight: bool =
     """
     if tokens < 1:
         raise ValueError(f"fold_for_inference: tokens must be at least 1, got {tokens}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KronLayer)}
     if not layers:
         raise ValueError(f"fold_for_inference: {type(model).__name__} has no Kronecker layer")
     model.eval()

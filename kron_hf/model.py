@@ -122,7 +122,7 @@ def init_method(model: nn.Module, config: KronConfig, targets: list[Target]) -> 
     _check_needs_no_data(config)
     if config.init_weights is not None:
         return config.init_weights
-    weights: list[Tensor] = [target.linear.weight for target in targets]
+    weights: list[Tensor] = [target.module.weight for target in targets]
     if holds_trained_weights(model, weights):
         raise ValueError("this model holds trained weights, and replacing them is a choice; write one of\n" + CHOICES)
     return "random"

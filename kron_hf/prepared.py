@@ -54,16 +54,16 @@ def take_prepared(targets: Sequence[Target], config: KronConfig) -> dict[str, Kr
     Raises:
         ValueError: It has left them at some targets only, or of other sizes: it was called with another config.
     """
-    found = {target.name: getattr(target.linear, ATTRIBUTE, None) for target in targets}
+    found = {target.name: getattr(target.module, ATTRIBUTE, None) for target in targets}
     if not any(found.values()):
         return None
     layers: dict[str, KronLinear] = {}
     for target in targets:
         layer = _checked(target, config, found[target.name])
         if layer is not None:
-            layers[target.name] = layer.to(target.linear.weight.device, target.linear.weight.dtype)
+            layers[target.name] = layer.to(target.module.weight.device, target.module.weight.dtype)
     for target in targets:
-        delattr(target.linear, ATTRIBUTE)
+        delattr(target.module, ATTRIBUTE)
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Replaces linears by Kronecker layers, and back."""
+"""Replaces linears and convolutions by Kronecker layers, and back."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from kron_hf.checkpoint import carry_trained_mark, detach_kron_config
 from kron_hf.escaping import printable
-from kron_hf.factors import nearest_kronecker
-from kron_hf.layers import KronLinear
+from kron_hf.kron_kinds import kron_kind
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates, converted_layers
 from kron_hf.targets import Target, pretrained_parts, refuse_adapters
 
@@ -19,7 +19,7 @@ EXACT = 1 - 1e-6  # share of the energy above which a fit counts as exact: round
 __all__ = ["make_layers", "replace_modules", "to_dense"]
 
 
-def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinear | KronCandidates]:
+def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLayer | KronCandidates]:
     """Builds the Kronecker layer of every target, "random" or "nearest"; the model is not touched yet.
 
     A target with candidates becomes a `KronCandidates`, which starts "random".
@@ -30,14 +30,14 @@ def make_layers(targets: list[Target], init_weights: str) -> dict[str, KronLinea
     """
     make = {"random": _random_layer, "nearest": _nearest_layer}[init_weights]
     energies: list[tuple[float, float]] = []
-    layers: dict[str, KronLinear | KronCandidates] = {}
+    layers: dict[str, KronLayer | KronCandidates] = {}
     # The bar only appears when the decomposition takes a while.
     for target in tqdm(targets, desc="Kronecker factors", unit="layer", delay=1.0, leave=False):
         _check_finite(target)
         layer = make(target, energies)
         for name, parameter in layer.named_parameters():
-            replaced = target.linear.bias if name == "bias" else target.linear.weight
-            parameter.requires_grad_(replaced.requires_grad)
+            replaced = target.module.bias if name == "bias" else target.module.weight
+            parameter.requires_grad_(replaced is not None and replaced.requires_grad)
         layers[target.name] = layer
     if energies:
         total = sum(energy for energy, _ in energies)
@@ -59,7 +59,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turns every Kronecker layer back into `nn.Linear`, in place, and returns the model.
+    """Turns every Kronecker layer back into `nn.Linear` or `nn.Conv2d`, in place, and returns the model.
 
     What the model then saves loads in plain transformers, without kron_hf. For a `PeftModel` call its
     `merge_and_unload()`.
@@ -67,54 +67,50 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is a single layer or carries PEFT adapters.
     """
-    if isinstance(model, KronLinear | KronCandidates):
-        raise ValueError(
-            "to_dense needs a model that contains Kronecker layers; for a single one use layer.to_linear()"
-        )
+    if isinstance(model, KronLayer | KronCandidates):
+        raise ValueError("to_dense needs a model that contains Kronecker layers; for a single one use layer.to_dense()")
     refuse_adapters(model)
     # A layer that the model holds under two names stays one layer.
     names = converted_layers(model, remove_duplicate=False)
-    linears = {layer: layer.to_linear() for layer in names.values()}
-    for layer, linear in linears.items():
-        carry_trained_mark(layer, linear)
-    replace_modules(model, {name: linears[layer] for name, layer in names.items()})
+    dense = {layer: layer.to_dense() for layer in names.values()}
+    for layer, module in dense.items():
+        carry_trained_mark(layer, module)
+    replace_modules(model, {name: dense[layer] for name, layer in names.items()})
     for part in pretrained_parts(model).values():
         detach_kron_config(part)
     return model
 
 
-def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear | KronCandidates:
-    layer: KronLinear | KronCandidates = (
-        KronCandidates.like(target.linear, target.candidates)
+def _random_layer(target: Target, energies: list[tuple[float, float]]) -> KronLayer | KronCandidates:
+    module = target.module
+    layer: KronLayer | KronCandidates = (
+        KronCandidates.like(module, target.candidates)
         if target.candidates
-        else KronLinear.like(target.linear, target.block_size, target.rank)
+        else kron_kind(module, target.name).like(module, target.block_size, target.rank)
     )
-    weight = target.linear.weight.detach()
+    weight = module.weight.detach()
     variance = 0.0 if weight.is_meta else float(weight.float().var(correction=0))
     if variance > 0:
         layer.reset_factors(variance)
     return layer
 
 
-def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLinear:
+def _nearest_layer(target: Target, energies: list[tuple[float, float]]) -> KronLayer:
     if target.candidates:
         raise ValueError(f"{printable(target.name)}: candidates start with init_weights='random', got 'nearest'")
-    if target.linear.weight.is_meta:
+    if target.module.weight.is_meta:
         raise ValueError(
             f"{printable(target.name)}: init_weights='nearest' needs its values, but the weight is on the meta device"
         )
-    layer = KronLinear.like(target.linear, target.block_size, target.rank)
-    weight = target.linear.weight.detach()
-    a, b, retained = nearest_kronecker(weight, target.block_size, target.rank)
-    with torch.no_grad():
-        layer.a.copy_(a)
-        layer.b.copy_(b)
+    weight = target.module.weight.detach()
+    layer = kron_kind(target.module, target.name).like(target.module, target.block_size, target.rank)
+    retained = layer.fit_nearest(weight)
     energy = float(weight.float().square().sum())
     energies.append((energy, retained * energy))
     return layer
 
 
 def _check_finite(target: Target) -> None:
-    weight = target.linear.weight
+    weight = target.module.weight
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{printable(target.name)}: its weight holds NaN or infinite values")

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from kron_hf.config import BlockSize, KronConfig
 from kron_hf.escaping import printable
 from kron_hf.factors import kron_flops
-from kron_hf.layers import resolve_block_size
+from kron_hf.kron_kinds import dense_sizes, kron_kind
+from kron_hf.kron_layer import resolve_block_size
 from kron_hf.module_map import entry_sizes, localize_names
 from kron_hf.selection.candidates import candidate_key, converted_layers
 from kron_hf.weight_reads import weight_reader
@@ -58,17 +59,30 @@ class Target:
 
     Attributes:
         name: Its full name.
-        linear: The module.
+        module: The module.
         block_size: The resolved block size; of the first candidate, if there are several.
         rank: The rank, likewise.
         candidates: Block size and rank of each candidate to choose from; empty where nothing is to be chosen.
     """
 
     name: str
-    linear: nn.Linear
+    module: nn.Linear | nn.Conv2d
     block_size: tuple[int, int]
     rank: int
     candidates: tuple[tuple[tuple[int, int], int], ...] = ()
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The module, for what works on linears alone.
+
+        Raises:
+            ValueError: It is a convolution; names it.
+        """
+        if not isinstance(self.module, nn.Linear):
+            raise ValueError(
+                f"{printable(self.name)}: this works on nn.Linear alone, the module is a {type(self.module).__name__}"
+            )
+        return self.module
 
 
 def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = True) -> list[Target]:
@@ -248,8 +262,8 @@ def _resolve(
     """
     if reader := weight_reader(model, name):
         raise ValueError(f"{name}: {reader} reads its weight directly, so it cannot be replaced")
-    if type(module) is not nn.Linear:
-        raise ValueError(f"{name}: only nn.Linear can become a Kronecker layer, this is a {type(module).__name__}")
+    kron_kind(module, name)
+    assert isinstance(module, nn.Linear | nn.Conv2d)
     if not isinstance(module.weight, nn.Parameter) or module.weight.dtype not in FLOAT_DTYPES:
         kind = "parameter" if isinstance(module.weight, nn.Parameter) else "computed tensor"
         raise ValueError(
@@ -260,10 +274,13 @@ def _resolve(
     if others:
         raise ValueError(f"{name}: its weight is tied to {', '.join(others)}, so it cannot be replaced alone")
     wanted, several = _sizes_of(name, config)
-    sizes = [(resolve_block_size(size, module.out_features, module.in_features, name), rank) for size, rank in wanted]
+    out_size, in_size, kernel, _ = dense_sizes(module)
+    sizes = [(resolve_block_size(size, out_size, in_size, name), rank) for size, rank in wanted]
     for index, (block_size, rank) in enumerate(sizes):
-        if rank > block_size[0] * block_size[1]:
-            raise ValueError(f"{name}: rank must be at most bo * bi = {block_size[0] * block_size[1]}, got {rank}")
+        largest = block_size[0] * block_size[1] * kernel
+        if rank > largest:
+            entries = "bo * bi" if isinstance(module, nn.Linear) else "bo * bi * kh * kw"
+            raise ValueError(f"{name}: rank must be at most {entries} = {largest}, got {rank}")
         if (block_size, rank) in sizes[:index]:
             raise ValueError(f"{name}: two candidates are blocks of {block_size} at rank {rank} here")
     return Target(name, module, *sizes[0], candidates=tuple(sizes) if several else ())
@@ -291,11 +308,19 @@ def _sizes_of(name: str, config: KronConfig) -> tuple[Sequence[tuple[BlockSize, 
 
 
 def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:
-    candidates = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    candidates = [name for name, module in model.named_modules() if name and _is_replaceable(module)]
     wanted = "the default target_modules" if config.target_modules is None else f"{config.target_modules!r}"
     reasons = f" ({'; '.join(skipped)})" if skipped else ""
-    shown = printable(", ".join(candidates)) if candidates else "none: the model has no nn.Linear below its root"
+    shown = (
+        printable(", ".join(candidates))
+        if candidates
+        else "none: the model has no nn.Linear or nn.Conv2d below its root"
+    )
     return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
 
 
 def _warn_unused(model: nn.Module, config: KronConfig, chosen: list[str]) -> None:
@@ -325,7 +350,7 @@ def _warn_not_cheaper(targets: list[Target]) -> None:
     candidates: dict[str, list[float]] = {}
     for target in targets:
         for block_size, rank in target.candidates or [(target.block_size, target.rank)]:
-            ratio = _relative_flops(target.linear, block_size, rank)
+            ratio = _relative_flops(target.module, block_size, rank)
             if ratio >= 1 and target.candidates:
                 candidates.setdefault(candidate_key(block_size, rank), []).append(ratio)
             elif ratio >= 1:
@@ -342,6 +367,7 @@ def _warn_not_cheaper(targets: list[Target]) -> None:
         )
 
 
-def _relative_flops(linear: nn.Linear, block_size: tuple[int, int], rank: int) -> float:
-    out_features, in_features = linear.out_features, linear.in_features
-    return kron_flops(out_features, in_features, block_size, rank) / (2 * out_features * in_features)
+def _relative_flops(module: nn.Linear | nn.Conv2d, block_size: tuple[int, int], rank: int) -> float:
+    out_size, in_size, kernel, inputs = dense_sizes(module)
+    flops = kron_flops(out_size, in_size, block_size, rank, kernel_entries=kernel, input_positions=inputs)
+    return flops / (2 * out_size * in_size * kernel)

@@ -365,7 +365,7 @@ def test_a_model_in_the_middle_of_a_selection_is_refused(options):
 
 
 def test_a_model_without_kronecker_layers_raises():
-    with pytest.raises(ValueError, match="Linear has no KronLinear layers"):
+    with pytest.raises(ValueError, match="Linear has no Kronecker layers"):
         Sparsifier(nn.Linear(4, 4), target_sparsity=0.5, total_steps=STEPS)
 
 

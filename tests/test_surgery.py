@@ -250,7 +250,7 @@ def test_to_dense_keeps_shared_candidates_shared():
     "layer", [KronLinear(8, 8, 4, 1), KronCandidates(8, 8, [(4, 1)])], ids=lambda x: type(x).__name__
 )
 def test_to_dense_refuses_a_single_layer(layer):
-    with pytest.raises(ValueError, match=re.escape("for a single one use layer.to_linear()")):
+    with pytest.raises(ValueError, match=re.escape("for a single one use layer.to_dense()")):
         to_dense(layer)
 
 

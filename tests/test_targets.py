@@ -267,11 +267,11 @@ def test_no_match_lists_the_candidates(kwargs):
     with pytest.raises(ValueError, match=r"^no module to replace matches") as error:
         names(vit(), **kwargs)
     listed = str(error.value).partition("modules that could be named: ")[2].split(", ")
-    assert listed == [*projections("vit"), "classifier"]
+    assert listed == ["vit.embeddings.patch_embeddings.projection", *projections("vit"), "classifier"]
 
 
 def test_no_match_on_a_model_without_linears():
-    with pytest.raises(ValueError, match=r"none: the model has no nn\.Linear below its root"):
+    with pytest.raises(ValueError, match=r"none: the model has no nn\.Linear or nn\.Conv2d below its root"):
         names(nn.Linear(16, 16))
 
 
@@ -399,7 +399,7 @@ def test_a_tied_language_model_head_is_refused_by_name():
 
 @pytest.mark.parametrize("target_modules", [["layernorm_before"], r".*mlp", ["embeddings"]], ids=str)
 def test_only_linears_can_be_named(target_modules):
-    with pytest.raises(ValueError, match=r"only nn\.Linear can become a Kronecker layer, this is a "):
+    with pytest.raises(ValueError, match=r"only nn\.Linear and nn\.Conv2d can become a Kronecker layer, this is a "):
         names(vit(), target_modules=target_modules)
 
 

@@ -51,7 +51,7 @@ def test_a_stored_map_gives_no_advice():
         ({FC1: entry((4, 8), 33)}, "fc1: rank must be at most .* = 32, got 33"),
         ({FC1: entry((4, 8), 1), "fc1": entry((4, 8), 1)}, r"no module 'fc1' \(1 of 2 are missing\)"),
         ({"mlp.fc1": entry((4, 8), 1)}, "no module 'mlp.fc1'"),
-        ({"vit.layers.0": entry((4, 8), 1)}, "layers.0: only nn.Linear can become"),
+        ({"vit.layers.0": entry((4, 8), 1)}, "layers.0: only nn.Linear and nn.Conv2d can become"),
     ],
     ids=["block", "rank", "no ending", "no part", "no linear"],
 )

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from kron_hf.escaping import one_line, plain, shorten, shown
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates
 
 __all__ = ["StoredTensor", "check_dtypes", "check_layer", "check_places", "check_unmapped", "read_headers"]
@@ -87,7 +87,7 @@ def check_unmapped(stored: Mapping[str, StoredTensor], mapped: set[str]) -> None
 
 
 def check_layer(
-    stored: Mapping[str, StoredTensor], name: str, in_map: str, layer: KronLinear | KronCandidates, files: list[str]
+    stored: Mapping[str, StoredTensor], name: str, in_map: str, layer: KronLayer | KronCandidates, files: list[str]
 ) -> None:
     """Compares an expected layer with what the files hold.
 

@@ -15,7 +15,6 @@ from itertools import chain
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -25,7 +24,8 @@ from kron_hf.checkpoint.cache import check_cached_files
 from kron_hf.checkpoint.claims import check_config, check_elements
 from kron_hf.checkpoint.files import check_dtypes, check_layer, check_places, check_unmapped, read_headers
 from kron_hf.escaping import shown
-from kron_hf.layers import KronLinear
+from kron_hf.kron_kinds import kron_kind
+from kron_hf.kron_layer import KronLayer
 from kron_hf.module_map import checked_module_map, entry_sizes, size_entry
 from kron_hf.selection.candidates import KronCandidates, candidate_name, converted_layers
 
@@ -120,7 +120,7 @@ class KronHfQuantizer(HfQuantizer):
         if files is not None:
             named = chain(self.quantization_config.modules.items(), ((name, modules[name][1]) for name in modules))
             check_unmapped(stored, {kron_name for name, entry in named for kron_name in _kron_names(name, entry)})
-        layers: dict[str, KronLinear | KronCandidates] = {}
+        layers: dict[str, KronLayer | KronCandidates] = {}
         for name, (in_map, entry) in modules.items():
             layers[name] = _empty_layer(model, name, entry)
             if files is not None:  # one by one: an entry may claim many candidates
@@ -136,9 +136,9 @@ class KronHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():
-            if isinstance(layer, KronLinear | KronCandidates):
+            if isinstance(layer, KronLayer | KronCandidates):
                 _check_loaded(name, layer)
-            if isinstance(layer, KronLinear) and not layer.s.is_meta:
+            if isinstance(layer, KronLayer) and not layer.s.is_meta:
                 layer.freeze_mask()
         del model.hf_quantizer
         model.is_quantized = False
@@ -266,8 +266,8 @@ def _names_in(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, tupl
     )
 
 
-def _entry(layer: KronLinear | KronCandidates) -> dict[str, Any]:
-    if isinstance(layer, KronLinear):
+def _entry(layer: KronLayer | KronCandidates) -> dict[str, Any]:
+    if isinstance(layer, KronLayer):
         return size_entry(layer.block_size, layer.rank)
     return {"candidates": [size_entry(*layer.size(key)) for key in layer.alive]}
 
@@ -279,26 +279,20 @@ def _kron_names(name: str, entry: dict[str, Any]) -> list[str]:
     return [name]
 
 
-def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLinear | KronCandidates:
-    linear = model.get_submodule(name)
-    if type(linear) is not nn.Linear:
-        raise ValueError(
-            f"config.json: module {name!r} is a {type(linear).__name__}, Kronecker layers replace nn.Linear"
-        )
+def _empty_layer(model: PreTrainedModel, name: str, entry: dict[str, Any]) -> KronLayer | KronCandidates:
+    dense: Any = model.get_submodule(name)
+    kind = kron_kind(dense, f"config.json: module {name!r}")
     try:
-        with torch.device("meta"):
-            sizes, features = entry_sizes(entry), (linear.in_features, linear.out_features)
-            options: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
-            if "candidates" in entry:
-                return KronCandidates(*features, sizes, **options)
-            return KronLinear(*features, *sizes[0], **options)
+        sizes = entry_sizes(entry)
+        if "candidates" in entry:
+            return KronCandidates.like(dense, sizes, device="meta")
+        return kind.like(dense, *sizes[0], device="meta")
     except ValueError as error:
-        raise ValueError(
-            f"config.json: module {name!r} is {(linear.out_features, linear.in_features)} (out, in): {error}"
-        ) from None
+        shape = tuple(dense.weight.shape[:2])
+        raise ValueError(f"config.json: module {name!r} is {shape} (out, in): {error}") from None
 
 
-def _check_loaded(name: str, layer: KronLinear | KronCandidates) -> None:
+def _check_loaded(name: str, layer: KronLayer | KronCandidates) -> None:
     for key, parameter in layer.named_parameters():
         if not parameter.is_meta and not _is_marked(parameter):
             raise ValueError(f"tensor {f'{name}.{key}'!r} is missing from the given state_dict")

@@ -14,7 +14,7 @@ from kron_hf.factors import kron_weight
 from kron_hf.ops import cost
 from kron_hf.ops.operator import kron_linear
 
-__all__ = ["Folded", "fold"]
+__all__ = ["Folded", "fold", "tracked"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,19 @@ def _marks(sources: Sequence[Tensor | None]) -> tuple[tuple[int, int] | None, ..
     return tuple(None if source is None else (source._version, source.data_ptr()) for source in sources)
 
 
+def tracked(
+    sources: tuple[Tensor | None, ...],
+) -> tuple[tuple[Tensor | None, ...], tuple[tuple[int, int] | None, ...]]:
+    """The tensors that a fold is made from, and what tells later that one of them was written to.
+
+    Raises:
+        ValueError: They were made in inference mode: torch does not say whether they are written to.
+    """
+    if any(source is not None and source.is_inference() for source in sources):
+        raise ValueError("fold: the factors were made under torch.inference_mode, where changes are not tracked")
+    return sources, _marks(sources)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold(
@@ -94,9 +107,7 @@ def fold(
     Raises:
         ValueError: The factors were made in inference mode: torch does not say whether they are written to.
     """
-    sources = (s, a, b, dead_blocks)
-    if any(source is not None and source.is_inference() for source in sources):
-        raise ValueError("fold: the factors were made under torch.inference_mode, where changes are not tracked")
+    sources, marks = tracked((s, a, b, dead_blocks))
     masked = s if dead_blocks is None else s.masked_fill(dead_blocks, 0.0)
     shape = cost.Shape.of(tokens, a, b)
     living = masked != 0
@@ -107,7 +118,7 @@ def fold(
         in_blocks=len(columns) if dropped.columns else shape.in_blocks,
     )
     factored = cost.forward_cost(left, cost.forward_path(left))
-    known = (sources, _marks(sources), shape.out_blocks)
+    known = (sources, marks, shape.out_blocks)
     if keep_weight and cost.dense_cost(shape) <= factored:
         return Folded(*known, weight=kron_weight(masked, a, b))
     m = masked * a

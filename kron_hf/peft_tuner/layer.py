@@ -1,20 +1,20 @@
-"""The Kronecker layer of a PEFT adapter, in the place of the linear that it replaces."""
+"""The Kronecker layer of a PEFT adapter, in the place of the linear or convolution that it replaces."""
 
 # PEFT types its own layers as wrappers of a base layer, which this one has not.
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kron_hf.checkpoint import mark_trained
-from kron_hf.layers import KronLinear
-from kron_hf.targets import Target
+from kron_hf.kron_layer import KronLayer
 
-__all__ = ["KronTunerLayer", "StoredKronLinear", "refuse"]
+__all__ = ["KronTunerLayer", "refuse"]
+
+# What other code reads of the layer that was there.
+SIZES = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 
 def refuse(action: str, instead: str) -> NoReturn:
@@ -24,68 +24,35 @@ def refuse(action: str, instead: str) -> NoReturn:
     )
 
 
-class StoredKronLinear(KronLinear):
-    """A `KronLinear` on the meta device that waits for the tensors of a stored adapter.
-
-    Memory is taken for tensors that a file holds, never for sizes that its config claims.
-    """
-
-    @classmethod
-    def for_target(cls, target: Target) -> "StoredKronLinear":
-        """The layer for a module, with its sizes, dtype and mode."""
-        linear = target.linear
-        sizes = (linear.in_features, linear.out_features, target.block_size, target.rank)
-        with torch.device("meta"):
-            layer = cls(*sizes, bias=linear.bias is not None, dtype=linear.weight.dtype)
-        layer.register_buffer("weight", torch.empty(0, device=linear.weight.device, dtype=linear.weight.dtype))
-        mark_trained(layer)
-        return layer.train(linear.training)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, parameter in list(self.named_parameters()):
-            stored = state_dict.get(prefix + name)
-            if parameter.is_meta and stored is not None and stored.shape == parameter.shape:
-                memory = torch.empty_like(parameter, device=self.weight.device)
-                setattr(self, name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        mark_trained(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' loader sets parameters one by one, without load_state_dict, which freezes the mask elsewhere.
-        arrives = name == "s" and isinstance(value, Tensor) and not value.is_meta and "s" in self._parameters
-        arrives = arrives and self.s.is_meta
-        super().__setattr__(name, value)
-        if arrives:
-            self.freeze_mask()
-
-
 class KronTunerLayer(nn.Module, BaseTunerLayer):
-    """Holds the `KronLinear` of one adapter under its name, as PEFT's state dicts expect; there is no base layer.
+    """Holds the Kronecker layer of one adapter under its name, as PEFT's state dicts expect; there is no base layer.
 
     Args:
-        layer: The layer that stands in for a linear.
+        layer: The layer that stands in for a linear or a convolution.
         adapter_name: Name of the adapter.
         module_name: Name of the replaced module, for errors.
     """
 
     adapter_layer_names = ("kron_layers",)
 
-    def __init__(self, layer: KronLinear, adapter_name: str, module_name: str) -> None:
+    def __init__(self, layer: KronLayer, adapter_name: str, module_name: str) -> None:
         super().__init__()
         # In an adapter file the empty buffer would only be in the way: without kron_hf the file does not load at all.
         layer.register_buffer("weight", layer.weight, persistent=False)
         self.kron_layers = nn.ModuleDict({adapter_name: layer})
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for name in SIZES:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
         self.adapter_name, self.module_name = adapter_name, module_name
         self._active_adapter = [adapter_name]
         self.merged_adapters = []
         self.train(layer.training)
 
     @property
-    def layer(self) -> KronLinear:
+    def layer(self) -> KronLayer:
         """The Kronecker layer."""
         layer = self.kron_layers[self.adapter_name]
-        assert isinstance(layer, KronLinear)
+        assert isinstance(layer, KronLayer)
         return layer
 
     @property
@@ -95,11 +62,11 @@ class KronTunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, `[out_features]`."""
+        """The bias, `[out]`."""
         return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., in_features]` to `[..., out_features]`."""
+        """As the Kronecker layer."""
         if not x.is_meta:
             self.check_loaded()
         return self.layer(x)
@@ -145,13 +112,13 @@ class KronTunerLayer(nn.Module, BaseTunerLayer):
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Linear:
+    ) -> nn.Linear | nn.Conv2d:
         """The dense layer of the same function."""
         if not merge:
             refuse("unload()", "load the base model again, or call merge_and_unload() for a dense model")
-        linear = self.layer.to_linear()
-        mark_trained(linear)
-        return linear
+        dense = self.layer.to_dense()
+        mark_trained(dense)
+        return dense
 
     def __repr__(self) -> str:
         return f"kron.{super().__repr__()}"

@@ -24,10 +24,11 @@ from torch import Tensor, isfinite, nn
 
 from kron_hf.config import KronConfig
 from kron_hf.escaping import shown
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.model import init_method
-from kron_hf.peft_tuner.layer import KronTunerLayer, StoredKronLinear, refuse
+from kron_hf.peft_tuner.layer import KronTunerLayer, refuse
 from kron_hf.peft_tuner.saved_modules import check_saved_modules
+from kron_hf.peft_tuner.stored import stored_layer
 from kron_hf.prepared import take_prepared
 from kron_hf.surgery import make_layers, replace_modules
 from kron_hf.targets import Target, find_targets
@@ -110,7 +111,7 @@ class KronModel(BaseTuner):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Gives back the base model with an `nn.Linear` of the same function in place of every Kronecker layer.
+        """Gives back the base model with a dense layer of the same function in place of every Kronecker layer.
 
         Args:
             progressbar: As in PEFT.
@@ -221,16 +222,16 @@ def _check_no_candidates(targets: list[Target]) -> None:
         )
 
 
-def _layers_for(targets: list[Target], model: nn.Module, config: KronConfig) -> Mapping[str, KronLinear]:
+def _layers_for(targets: list[Target], model: nn.Module, config: KronConfig) -> Mapping[str, KronLayer]:
     if (prepared := take_prepared(targets, config)) is not None:
         return prepared
     if config.modules is not None:
-        return {target.name: StoredKronLinear.for_target(target) for target in targets}
+        return {target.name: stored_layer(target) for target in targets}
     layers = make_layers(targets, init_method(model, config, targets))
-    return {name: layer for name, layer in layers.items() if isinstance(layer, KronLinear)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, KronLayer)}
 
 
-def _resolved(config: KronConfig, layers: Mapping[str, KronLinear], saved: list[str]) -> KronConfig:
+def _resolved(config: KronConfig, layers: Mapping[str, KronLayer], saved: list[str]) -> KronConfig:
     modules = {name: {"block_size": list(layer.block_size), "rank": layer.rank} for name, layer in layers.items()}
     return replace(
         config,

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from kron_hf.factors import block_norms
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates, candidate_key
 from kron_hf.selection.costs import Costs, entries
 from kron_hf.selection.groups import candidate_layers, choices_of, label_of, without
@@ -35,7 +36,7 @@ class CandidateSet:
         layers: The layers.
         keys: Names of the candidates of each layer, also of those that are gone.
         sizes: `[bo, bi, rank]` of these.
-        shapes: `[out, in]` of each layer.
+        shapes: `[out, in]` of each layer; of a convolution `[out, in, kh * kw, stride product]`.
         choices: Indices of the layers of each choice.
         costs: What the candidates cost, if that counts.
 
@@ -56,7 +57,7 @@ class CandidateSet:
         self.sizes = [
             [[*layer.layer(key).block_size, layer.layer(key).rank] for key in layer.alive] for layer in self.layers
         ]
-        self.shapes = [[layer.out_features, layer.in_features] for layer in self.layers]
+        self.shapes = [layer.shape_entry for layer in self.layers]
         self.choices = choices_of(self.layers, scope)
         self.costs: Costs | None = None
 
@@ -171,11 +172,9 @@ class CandidateSet:
         sums = [0.0] * len(self.layers)
         for (index, _), factors in zip(alive, gather_factors([layer for _, layer in alive]), strict=True):
             sums[index] += float(block_norms(*factors).square().sum())
-        return [
-            total / (layer.in_features * layer.out_features) for total, layer in zip(sums, self.layers, strict=True)
-        ]
+        return [total / prod(layer.weight_shape) for total, layer in zip(sums, self.layers, strict=True)]
 
-    def last(self, index: int) -> KronLinear:
+    def last(self, index: int) -> KronLayer:
         """The Kronecker layer of the last candidate in a layer."""
         (key,) = self.layers[index].alive
         return self.layers[index].layer(key)

@@ -1,13 +1,16 @@
-"""`KronCandidates`: a linear layer that is the sum of Kronecker layers, one for each candidate block size and rank."""
+"""`KronCandidates`: a layer that is the sum of Kronecker layers, one for each candidate block size and rank."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from math import prod
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kron_hf.kron_kinds import kron_kind
+from kron_hf.kron_layer import KronLayer
 from kron_hf.layers import KronLinear
 from kron_hf.selection.stored_candidates import CANDIDATES, adapt_state_dict
 from kron_hf.sharding import is_sharded, local
@@ -21,7 +24,7 @@ def candidate_key(block_size: tuple[int, int], rank: int) -> str:
 
 
 def candidate_name(layer_name: str, block_size: tuple[int, int], rank: int) -> str:
-    """The name in the model of a candidate's `KronLinear`."""
+    """The name in the model of a candidate's Kronecker layer."""
     return f"{layer_name}.{CANDIDATES}.{candidate_key(block_size, rank)}"
 
 
@@ -29,7 +32,8 @@ class KronCandidates(nn.Module):
     r"""Linear layer `y = x (sum_k W^k)^T + bias` (paper, section on choosing the block size).
 
     Each candidate k has factors of its own, `W^k = sum_i (S^k * A^k_i) (x) B^k_i`. A selection drops candidates until
-    one is left, which `chosen()` gives back as a plain `KronLinear`.
+    one is left, which `chosen()` gives back as a plain `KronLinear`. `like` makes one for a convolution, too, the sum
+    of `KronConv2d`s.
 
     A dropped candidate takes no part in the forward and is left out of the state dict. In one process it is freed: its
     parameters hold no entries any more and need no gradient, so that an optimizer made later has the groups of a model
@@ -47,8 +51,9 @@ class KronCandidates(nn.Module):
         dtype: As in `nn.Linear`.
 
     Attributes:
-        candidates: The `KronLinear` of each candidate, without bias, by `candidate_key`.
-        bias: `[out_features]` or None.
+        candidates: The `KronLinear` (or `KronConv2d`) of each candidate, without bias, by `candidate_key`.
+        weight_shape: Shape of W, `[out, in]` or `[out, in, kh, kw]`.
+        bias: `[out]` or None.
         weight: An empty buffer, as in `KronLinear`.
 
     Raises:
@@ -76,38 +81,45 @@ class KronCandidates(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not candidates:
-            raise ValueError("KronCandidates needs at least one candidate, got none")
         self.in_features, self.out_features = in_features, out_features
         where: dict[str, Any] = {"device": device, "dtype": dtype}
+        features = (in_features, out_features)
+        self._hold([KronLinear(*features, size, rank, bias=False, **where) for size, rank in candidates], bias)
+
+    def _hold(self, layers: Sequence[KronLayer], bias: bool) -> None:
+        if not layers:
+            raise ValueError("KronCandidates needs at least one candidate, got none")
+        self.weight_shape = shape = layers[0].weight_shape
         self.candidates = nn.ModuleDict()
-        for block_size, rank in candidates:
-            layer = KronLinear(in_features, out_features, block_size, rank, bias=False, **where)
-            key = candidate_key(layer.block_size, rank)
+        for layer in layers:
+            key = candidate_key(layer.block_size, layer.rank)
             if key in self.candidates:
                 raise ValueError(
-                    f"KronCandidates: two candidates are blocks of {layer.block_size} at rank {rank} in a weight of "
-                    f"shape {(out_features, in_features)} (out, in)"
+                    f"KronCandidates: two candidates are blocks of {layer.block_size} at rank {layer.rank} in a weight "
+                    f"of shape {shape[:2]} (out, in)"
                 )
             self.candidates[key] = layer
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, **where))
-        else:
-            self.register_parameter("bias", None)
-        self.register_buffer("weight", torch.empty(0, **where))
+        self.register_parameter("bias", nn.Parameter(layers[0].s.new_zeros(shape[0])) if bias else None)
+        self.register_buffer("weight", layers[0].weight.clone())
         self._dropped: set[str] = set()
         self._muted: set[str] = set()
         self.register_state_dict_post_hook(_leave_out_dropped)
         if not self.weight.is_meta:
             self.reset_parameters()
 
-    def layer(self, key: str) -> KronLinear:
+    def layer(self, key: str) -> KronLayer:
         """The Kronecker layer of a candidate."""
-        return cast(KronLinear, self.candidates[key])
+        return cast(KronLayer, self.candidates[key])
 
     def size(self, key: str) -> tuple[tuple[int, int], int]:
         """Block size and rank of a candidate."""
         return self.layer(key).block_size, self.layer(key).rank
+
+    @property
+    def shape_entry(self) -> list[int]:
+        """`[out, in]`; of a convolution `[out, in, kernel entries, input positions]`, see `KronLayer.sizes`."""
+        sizes = self.layer(self.keys[0]).sizes
+        return list(sizes[: len(self.weight_shape)])
 
     @property
     def keys(self) -> list[str]:
@@ -122,9 +134,10 @@ class KronCandidates(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws factors that together give W the variance of `nn.Linear`, and a bias as there."""
-        self.reset_factors(1 / (3 * self.in_features))
+        fan_in = prod(self.weight_shape[1:])
+        self.reset_factors(1 / (3 * fan_in))
         if self.bias is not None:
-            bound = self.in_features**-0.5
+            bound = fan_in**-0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
     @torch.no_grad()
@@ -134,7 +147,7 @@ class KronCandidates(nn.Module):
             self.layer(key).reset_factors(variance / len(self.alive))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., in_features]` to `[..., out_features]`."""
+        """`x [..., in_features]` to `[..., out_features]`; of a convolution as `KronConv2d`."""
         first, *others = self._active()
         y = self.layer(first)(x)
         for key in others:
@@ -143,10 +156,14 @@ class KronCandidates(nn.Module):
         if untouched:
             zero = torch.stack([factor.flatten()[:0].sum() for factor in untouched]).sum()
             bias = zero if bias is None else bias + zero
-        return y if bias is None else y + bias.to(y.dtype)  # autocast would make y a float32 here, nn.Linear does not
+        if bias is None:
+            return y
+        if bias.dim():  # no zero alone
+            bias = bias.view(-1, *[1] * (len(self.weight_shape) - 2))
+        return y + bias.to(y.dtype)  # autocast would make y a float32 here, nn.Linear does not
 
     def dense_weight(self) -> Tensor:
-        """The weight it stands for, `[out_features, in_features]`, differentiable."""
+        """The weight it stands for, of shape `weight_shape`, differentiable."""
         first, *others = self._active()
         weight = self.layer(first).dense_weight()
         for key in others:
@@ -206,10 +223,10 @@ class KronCandidates(nn.Module):
             self._dropped.remove(key)
             self.layer(key).requires_grad_(True)
         for name, factor in self.layer(key).named_parameters():
-            if factor.shape != (shape := _factor_shapes(self.layer(key))[name]):
+            if factor.shape != (shape := self.layer(key).factor_shapes[name]):
                 _resize(factor, shape)
 
-    def chosen(self) -> KronLinear:
+    def chosen(self) -> KronLayer:
         """The last candidate as a plain layer; its parameters are the same objects.
 
         Raises:
@@ -218,23 +235,27 @@ class KronCandidates(nn.Module):
         if len(self.alive) != 1:
             raise ValueError(f"KronCandidates: {len(self.alive)} candidates are left, {self.alive}; one can be chosen")
         last = self.layer(self.alive[0])
-        layer = KronLinear(self.in_features, self.out_features, last.block_size, last.rank, device="meta")
+        layer = last.blank_twin(self.bias is not None)
         layer.s, layer.a, layer.b, layer.bias = last.s, last.a, last.b, self.bias
         layer.weight, layer.dead_blocks = self.weight, last.dead_blocks
         return layer.train(self.training)
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
+    def to_dense(self) -> nn.Linear | nn.Conv2d:
         """The dense layer with the same function, device and dtype; its weight is trainable if a factor is."""
         factors = [factor for key in self.alive for factor in self.layer(key).parameters()]
-        where: dict[str, Any] = {"device": factors[0].device, "dtype": factors[0].dtype}
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **where)
-        linear.weight.copy_(self.dense_weight())
-        linear.weight.requires_grad_(any(factor.requires_grad for factor in factors))
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
-            linear.bias.requires_grad_(self.bias.requires_grad)
-        return linear.train(self.training)
+        first = self.layer(self.alive[0])
+        dense = first.blank_dense(self.bias is not None, factors[0].device, factors[0].dtype)
+        dense.weight.copy_(self.dense_weight())
+        dense.weight.requires_grad_(any(factor.requires_grad for factor in factors))
+        if self.bias is not None and dense.bias is not None:
+            dense.bias.copy_(self.bias)
+            dense.bias.requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def to_linear(self) -> nn.Linear:
+        """`to_dense` of a layer that stands for a linear."""
+        return cast(nn.Linear, self.to_dense())
 
     def _check_droppable(self, key: str, left: list[str]) -> None:
         if key not in left:
@@ -245,7 +266,7 @@ class KronCandidates(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         missing_keys: list[str] = args[2]
         errors: list[str] = args[4]
-        shapes = {key: _factor_shapes(self.layer(key)) for key in self.keys}
+        shapes = {key: self.layer(key).factor_shapes for key in self.keys}
         stored, error = adapt_state_dict(state_dict, prefix, shapes)
         if error:
             errors.append(error)
@@ -263,32 +284,44 @@ class KronCandidates(nn.Module):
             self.weight = local(self.layer(self.alive[0]).s).new_empty(0)
 
     @classmethod
-    def like(cls, linear: nn.Linear, candidates: Sequence[tuple[int | tuple[int, int], int]]) -> "KronCandidates":
-        """A randomly initialised layer with the sizes, device, dtype, mode and bias (copied) of a dense one."""
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            candidates,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        if layer.bias is not None:
+    def like(
+        cls,
+        dense: nn.Linear | nn.Conv2d,
+        candidates: Sequence[tuple[int | tuple[int, int], int]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A randomly initialised layer with the sizes, device, dtype, mode and bias (copied) of a dense one.
+
+        Args:
+            dense: The dense layer, a convolution too.
+            candidates: As for the class.
+            device: None is the dense layer's.
+        """
+        kind = kron_kind(dense, cls.__name__)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        made = [kind.like(dense, size, rank, bias=False, device=device) for size, rank in candidates]
+        layer._hold(made, dense.bias is not None)
+        if layer.bias is not None and dense.bias is not None:
             with torch.no_grad():
-                layer.bias.copy_(linear.bias)
-        return layer.train(linear.training)
+                layer.bias.copy_(dense.bias)
+        return layer.train(dense.training)
 
     def extra_repr(self) -> str:
-        """The sizes, as `nn.Linear` shows them."""
+        """The sizes, as the dense layer shows them."""
         dropped = f", dropped={sorted(self._dropped)}" if self._dropped else ""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}{dropped}"
+        out_size, in_size, *kernel = self.weight_shape
+        sizes = f"in_channels={in_size}, out_channels={out_size}, kernel_size={tuple(kernel)}"
+        if not kernel:
+            sizes = f"in_features={in_size}, out_features={out_size}"
+        return f"{sizes}, bias={self.bias is not None}{dropped}"
 
 
-def converted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, KronLinear | KronCandidates]:
-    """The layers of a model that stand in the place of linears, by their names; not the candidates inside of one."""
+def converted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, KronLayer | KronCandidates]:
+    """The layers of a model that stand in the place of dense ones, by their names; not the candidates inside of one."""
     named = model.named_modules(remove_duplicate=remove_duplicate)
-    found = {name: module for name, module in named if isinstance(module, KronLinear | KronCandidates)}
+    found = {name: module for name, module in named if isinstance(module, KronLayer | KronCandidates)}
     inner = {id(layer) for module in found.values() if isinstance(module, KronCandidates) for layer in module.modules()}
     return {
         name: module for name, module in found.items() if isinstance(module, KronCandidates) or id(module) not in inner
@@ -301,11 +334,6 @@ def _leave_out_dropped(layer: KronCandidates, state_dict: dict[str, Any], prefix
         del state_dict[name]
     if is_sharded(layer.layer(layer.alive[0]).s):  # as in KronLinear
         state_dict.pop(f"{prefix}weight", None)
-
-
-def _factor_shapes(layer: KronLinear) -> dict[str, tuple[int, ...]]:
-    blocks, rank = (layer.out_blocks, layer.in_blocks), layer.rank
-    return {"s": blocks, "a": (rank, *blocks), "b": (rank, *layer.block_size)}
 
 
 def _is_alone() -> bool:

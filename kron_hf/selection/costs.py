@@ -3,40 +3,36 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from kron_hf.factors import kron_flops
-from kron_hf.layers import KronLinear
-from kron_hf.ops import kron_linear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates
 from kron_hf.sharding import local
 
 __all__ = ["COSTS", "Costs", "entries"]
 
 COSTS = (None, "params", "flops", "latency")
-ROWS = 1024  # tokens of a timed forward
+IMAGE = (32, 32)  # positions, or tokens, of a timed forward
 REPEATS = 15
 
 
-def entries(layer: KronLinear) -> int:
+def entries(layer: KronLayer) -> int:
     """Entries of S, A and B; also of a freed layer."""
-    block_out, block_in = layer.block_size
-    blocks = layer.out_blocks * layer.in_blocks
-    return blocks * (1 + layer.rank) + layer.rank * block_out * block_in
+    return sum(map(prod, layer.factor_shapes.values()))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What candidates cost, in parameters, FLOPs per token or seconds.
+    """What candidates cost, in parameters, FLOPs per token (position of the output of a convolution) or seconds.
 
     Attributes:
         candidates: Of each layer, the cost of its candidates by name.
-        dense: Of each layer, the cost of the `nn.Linear` in its place; no bias is counted.
+        dense: Of each layer, the cost of the dense layer in its place; no bias is counted.
     """
 
     candidates: list[dict[str, float]]
@@ -44,11 +40,11 @@ class Costs:
 
     @classmethod
     def of(cls, layers: Sequence[KronCandidates], cost: str) -> "Costs":
-        """Counts, or measures: "latency" is the median time of a forward of 1,024 tokens; that of rank 0 holds."""
+        """Counts, or measures: "latency" is the median time of a forward of 1,024 tokens or pixels, that of rank 0."""
         found: dict[tuple[object, ...], tuple[dict[str, float], float]] = {}
         kinds: list[tuple[object, ...]] = []
         for layer in layers:
-            kinds.append((layer.in_features, layer.out_features, *layer.keys))
+            kinds.append((*layer.weight_shape, layer.layer(layer.keys[0]).extra_repr(), *layer.keys))
             if kinds[-1] not in found:  # equal layers cost the same, also where it is measured
                 own = {key: _candidate_cost(layer, key, cost) for key in layer.keys}
                 found[kinds[-1]] = own, _dense_cost(layer, cost)
@@ -60,28 +56,36 @@ def _candidate_cost(layer: KronCandidates, key: str, cost: str) -> float:
     if cost == "params":
         return entries(candidate)
     if cost == "flops":
-        return kron_flops(layer.out_features, layer.in_features, candidate.block_size, candidate.rank)
+        return candidate.forward_flops
     return _shared(_kron_seconds(layer, candidate), layer)
 
 
 def _dense_cost(layer: KronCandidates, cost: str) -> float:
     if cost == "latency":
         return _shared(_dense_seconds(layer), layer)
-    return layer.in_features * layer.out_features * (2 if cost == "flops" else 1)
+    return prod(layer.weight_shape) * (2 if cost == "flops" else 1)
 
 
-def _kron_seconds(layer: KronCandidates, candidate: KronLinear) -> float:
-    blocks = (candidate.out_blocks, candidate.in_blocks)
-    shapes = [blocks, (candidate.rank, *blocks), (candidate.rank, *candidate.block_size)]
-    s, a, b = (_filled(layer, shape) for shape in shapes)
-    x = _filled(layer, (ROWS, layer.in_features))
-    return _seconds(lambda: kron_linear(x, s, a, b, None), x.device)
+def _kron_seconds(layer: KronCandidates, candidate: KronLayer) -> float:
+    twin = candidate.blank_twin(bias=False)
+    for name, shape in candidate.factor_shapes.items():
+        setattr(twin, name, nn.Parameter(_filled(layer, shape), requires_grad=False))
+    x = _input(layer)
+    return _seconds(lambda: twin(x), x.device)
 
 
 def _dense_seconds(layer: KronCandidates) -> float:
-    weight = _filled(layer, (layer.out_features, layer.in_features))
-    x = _filled(layer, (ROWS, layer.in_features))
-    return _seconds(lambda: F.linear(x, weight), x.device)
+    x = _input(layer)
+    # On meta first: a start on the device would spend random draws.
+    dense = layer.layer(layer.keys[0]).blank_dense(False, torch.device("meta"), x.dtype)
+    dense.weight = nn.Parameter(_filled(layer, layer.weight_shape), requires_grad=False)
+    return _seconds(lambda: dense(x), x.device)
+
+
+def _input(layer: KronCandidates) -> Tensor:
+    """As many tokens, or an image with as many positions."""
+    in_size, *kernel = layer.weight_shape[1:]
+    return _filled(layer, (1, in_size, *IMAGE) if kernel else (prod(IMAGE), in_size))
 
 
 def _filled(layer: KronCandidates, shape: tuple[int, ...]) -> Tensor:

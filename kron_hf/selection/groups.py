@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates
 
 __all__ = ["candidate_layers", "choices_of", "label_of", "replace_by_chosen", "without"]
@@ -53,8 +53,8 @@ def without(layers: Sequence[KronCandidates], keys: Sequence[str]) -> Iterator[N
         yield
 
 
-def replace_by_chosen(model: nn.Module) -> dict[str, KronLinear]:
-    """Puts the last candidate, a plain `KronLinear` with the same parameters, in the place of every `KronCandidates`.
+def replace_by_chosen(model: nn.Module) -> dict[str, KronLayer]:
+    """Puts the last candidate, a plain layer with the same parameters, in the place of every `KronCandidates`.
 
     Returns:
         The new layers by name.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sharding import local
 
 __all__ = ["balanced_norm", "scale_", "squared_norms"]
@@ -28,7 +28,7 @@ def balanced_norm(squares: Sequence[tuple[float, float, float]]) -> float:
     return math.sqrt(sum(3 * math.prod(layer) ** (1 / 3) for layer in squares))
 
 
-def squared_norms(layers: Sequence[KronLinear]) -> list[tuple[float, float, float]]:
+def squared_norms(layers: Sequence[KronLayer]) -> list[tuple[float, float, float]]:
     """`(||S||^2, ||A||^2, ||B||^2)` of each layer, in float64.
 
     If layers are sharded (FSDP2): one small all-reduce; all processes must call it.
@@ -52,7 +52,7 @@ def _group_of(sharded: Sequence[DTensor]) -> dist.ProcessGroup:
     return sharded[0].device_mesh.get_group()
 
 
-def scale_(layer: KronLinear, factor: float) -> None:
+def scale_(layer: KronLayer, factor: float) -> None:
     """Multiplies S, A and B."""
     tensors: list[Tensor] = [layer.s, layer.a, layer.b]
     for tensor in tensors:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.selector_state import checked_state
 from kron_hf.sharding import local, shard_of
 
@@ -32,12 +32,11 @@ def forget(optimizer: Optimizer, parameters: list[nn.Parameter], *, leave: bool)
 
 
 @torch.no_grad()
-def redraw(layer: KronLinear, variance: float, generator: torch.Generator) -> None:
-    """Draws factors anew, as `KronLinear.reset_factors` does, from a generator on the CPU: the same on any device."""
-    fresh = KronLinear(layer.in_features, layer.out_features, layer.block_size, layer.rank, bias=False, device="meta")
+def redraw(layer: KronLayer, variance: float, generator: torch.Generator) -> None:
+    """Draws factors anew, as `reset_factors` of the layer does, from a generator on the CPU: the same on any device."""
     std = (variance / layer.rank) ** 0.25
-    for factor, shape, scale in ((layer.a, fresh.a.shape, std), (layer.b, fresh.b.shape, std)):
-        drawn: Tensor = torch.randn(shape, generator=generator) * scale
+    for name, factor in (("a", layer.a), ("b", layer.b)):
+        drawn: Tensor = torch.randn(layer.factor_shapes[name], generator=generator) * std
         local(factor).copy_(shard_of(drawn.to(factor.dtype), factor))
     local(layer.s).fill_(1.0)
 

@@ -18,7 +18,7 @@ class SelectionResult:
 
     Attributes:
         options: The options of the selector.
-        shapes: `[out, in]` of each layer's weight, by its name.
+        shapes: `[out, in]` of each layer's weight, by its name; of a convolution `[out, in, kh * kw, stride product]`.
         sizes: Of each layer, `[bo, bi, rank]` of its candidates by their names.
         alive: Of each layer, the names of the candidates left.
         events: The drops in their order: `step`, `layer` (None is all layers together), `dropped`, and in validation
@@ -96,11 +96,12 @@ class SelectionResult:
     def _row(self, label: str, keys: dict[str, str]) -> list[str]:
         params = flops = dense = 0
         for name, key in keys.items():
-            (out, in_), (block_out, block_in, rank) = self.shapes[name], self.sizes[name][key]
+            (out, in_, *of_conv), (block_out, block_in, rank) = self.shapes[name], self.sizes[name][key]
+            kernel, inputs = of_conv or (1, 1)
             blocks = (out // block_out) * (in_ // block_in)
-            params += blocks * (1 + rank) + rank * block_out * block_in
-            flops += kron_flops(out, in_, (block_out, block_in), rank)
-            dense += out * in_
+            params += blocks * (1 + rank) + rank * block_out * block_in * kernel
+            flops += kron_flops(out, in_, (block_out, block_in), rank, kernel_entries=kernel, input_positions=inputs)
+            dense += out * in_ * kernel
         kept = sum(key in self.alive[name] for name, key in keys.items())
         drops = [event for event in self.events if event["dropped"] == label]
         steps = sorted({event["step"] for event in drops})

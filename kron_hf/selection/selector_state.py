@@ -83,7 +83,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "step_count": _is_count,
     "total_steps": _is_count,
     "names": lambda value: _is_list(value, _is_text),
-    "shapes": lambda value: _is_list(value, lambda each: _is_list(each, _is_count) and len(each) == 2),
+    "shapes": lambda value: _is_list(value, lambda each: _is_list(each, _is_count) and len(each) in (2, 4)),
     "alive": _is_names,
     "sizes": lambda value: _is_list(value, _is_sizes),
     "variances": lambda value: _is_list(value, _is_number),

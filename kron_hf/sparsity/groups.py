@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sparsity.pruning import Regroup, block_masks
 
 __all__ = ["GROUPS", "REDUCED_DIMS", "empty_columns", "empty_rows", "group_factor", "group_importance", "regrouping"]
@@ -55,7 +55,7 @@ def group_factor(squares: Tensor, weight: float) -> Tensor:
     return (1 - weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0.0)
 
 
-def empty_rows(layers: list[KronLinear]) -> float:
+def empty_rows(layers: list[KronLayer]) -> float:
     """Share of the output features of all layers whose whole row of blocks is zero, in [0, 1].
 
     If layers are sharded (FSDP2), all processes must call it.
@@ -63,7 +63,7 @@ def empty_rows(layers: list[KronLinear]) -> float:
     return _empty(layers, dim=1)
 
 
-def empty_columns(layers: list[KronLinear]) -> float:
+def empty_columns(layers: list[KronLayer]) -> float:
     """Share of the input features of all layers whose whole column of blocks is zero, in [0, 1].
 
     If layers are sharded (FSDP2), all processes must call it.
@@ -71,7 +71,7 @@ def empty_columns(layers: list[KronLinear]) -> float:
     return _empty(layers, dim=0)
 
 
-def _empty(layers: list[KronLinear], dim: int) -> float:
+def _empty(layers: list[KronLayer], dim: int) -> float:
     dead = [~alive.any(dim) for alive in block_masks(layers)]
     sizes = [layer.block_size[1 - dim] for layer in layers]  # a row holds bo features, a column bi
     total = sum(len(mask) * size for mask, size in zip(dead, sizes, strict=True))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kron_hf.factors import block_norms
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sharding import gather, local, shard_of, sum_over_shards
 from kron_hf.sparsity.groups import REDUCED_DIMS, group_factor
 from kron_hf.sparsity.optimizer_state import rescale_state, step_size
@@ -64,7 +64,7 @@ class ProximalL1:
         self._kept_here: list[Tensor] = []  # the same as masks like local(S)
 
     def advance(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> None:
         """After optimizer step number `step`: the proximal step, every `interval` steps a rescaling before it."""
         optimizer = _required(optimizer)
@@ -73,7 +73,7 @@ class ProximalL1:
         self._shrink(layers, optimizer)
 
     def finish(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> list[Tensor]:
         """The last proximal step; blocks that the penalty alone would zero within `interval` more become zero, too.
 
@@ -98,7 +98,7 @@ class ProximalL1:
         """Plain JSON types."""
         return {"references": self._references, "kept": self._kept}
 
-    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLinear]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLayer]) -> None:
         """Continues from `state_dict`; `{}` begins afresh.
 
         Raises:
@@ -108,20 +108,20 @@ class ProximalL1:
         _check_state(references, kept, layers)
         self._references, self._kept, self._kept_here = references, list(kept), []
 
-    def _shrink(self, layers: list[KronLinear], optimizer: Optimizer) -> None:
+    def _shrink(self, layers: list[KronLayer], optimizer: Optimizer) -> None:
         parts, weight = self._parts(layers, optimizer), self._weight(layers)
         for s, steps, kept in parts:
             s.copy_(torch.where(kept, s, soft_threshold(s, self._entry_weight(weight) * steps)))
         for factors, (s, _, kept) in self._group_factors(layers, parts, weight):
             s.copy_(torch.where(kept, s, s * factors))
 
-    def _weight(self, layers: list[KronLinear]) -> float:
+    def _weight(self, layers: list[KronLayer]) -> float:
         return self._l1 / sum(layer.s.numel() for layer in layers)
 
     def _entry_weight(self, weight: float) -> float:
         return weight * (1 - self._group_penalty)
 
-    def _parts(self, layers: list[KronLinear], optimizer: Optimizer) -> list[_Part]:
+    def _parts(self, layers: list[KronLayer], optimizer: Optimizer) -> list[_Part]:
         if not self._kept_here:
             self._kept_here = [_one_true(layer, index) for layer, index in zip(layers, self._kept, strict=True)]
         return [
@@ -130,7 +130,7 @@ class ProximalL1:
         ]
 
     def _group_factors(
-        self, layers: list[KronLinear], parts: list[_Part], weight: float
+        self, layers: list[KronLayer], parts: list[_Part], weight: float
     ) -> Iterator[tuple[Tensor, _Part]]:
         """For rows, then columns: by what the group soft threshold multiplies S of each layer."""
         for dim in self._dims:
@@ -140,7 +140,7 @@ class ProximalL1:
                 size = layer.s.shape[dim] ** 0.5
                 yield group_factor(each, weight * self._group_penalty / len(self._dims) * size), part
 
-    def _rescale(self, layers: list[KronLinear], always: list[Tensor | None], optimizer: Optimizer) -> None:
+    def _rescale(self, layers: list[KronLayer], always: list[Tensor | None], optimizer: Optimizer) -> None:
         factors = gather_factors(layers)
         self._kept = [int(importance(*each, gone).argmax()) for each, gone in zip(factors, always, strict=True)]
         self._kept_here = []
@@ -157,7 +157,7 @@ def _required(optimizer: Optimizer | None) -> Optimizer:
     return optimizer
 
 
-def _check_state(references: object, kept: object, layers: list[KronLinear]) -> None:
+def _check_state(references: object, kept: object, layers: list[KronLayer]) -> None:
     if references is None and kept == []:
         return
     if not isinstance(references, list) or not isinstance(kept, list) or len(references) != len(kept):
@@ -183,7 +183,7 @@ def _power_of_two(ratio: Tensor) -> Tensor:
     return torch.where(exponent.isfinite(), exponent, 0.0).exp2()
 
 
-def _move_scale(layer: KronLinear, factor: Tensor, optimizer: Optimizer) -> None:
+def _move_scale(layer: KronLayer, factor: Tensor, optimizer: Optimizer) -> None:
     """S * factor and A / factor, which leave W as it is, and the optimizer's state of both."""
     for parameter, by in ((layer.s, factor), (layer.a, (1 / factor).expand(layer.a.shape))):
         here = shard_of(by.to(parameter.dtype), parameter)
@@ -191,7 +191,7 @@ def _move_scale(layer: KronLinear, factor: Tensor, optimizer: Optimizer) -> None
         rescale_state(optimizer, parameter, 1 / here)
 
 
-def _one_true(layer: KronLinear, index: int) -> Tensor:
+def _one_true(layer: KronLayer, index: int) -> Tensor:
     mask = torch.zeros(layer.s.shape, dtype=torch.bool)
     mask.view(-1)[index] = True
     return shard_of(mask, layer.s)

@@ -1,8 +1,8 @@
 """Which blocks to prune: importance, the cubic schedule, and the choice over all layers.
 
 The schedule is that of Zhu and Gupta, "To prune, or not to prune" (2017), arXiv 1710.01878. The importance of block
-(j, l) is the root mean square of its entries, `|s_jl| * || sum_i a_i,jl B_i ||_F / sqrt(bo * bi)`: unlike `|s_jl|` it
-does not change when S is rescaled against A, and blocks of different sizes compare.
+(j, l) is the root mean square of its n entries, `|s_jl| * || sum_i a_i,jl B_i ||_F / sqrt(n)`: unlike `|s_jl|` it does
+not change when S is rescaled against A, and blocks of different sizes, of linears and of convolutions, compare.
 """
 
 import math
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf.factors import block_norms
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sharding import gather
 
 __all__ = [
     "SCOPES",
     "Regroup",
-    "block_entries",
     "block_masks",
     "check_reachable",
     "choose_blocks",
@@ -40,13 +39,13 @@ SCOPES = ("global", "layer")
 Regroup = Callable[[Tensor], Tensor]
 
 
-def kron_layers(model: nn.Module) -> list[KronLinear]:
+def kron_layers(model: nn.Module) -> list[KronLayer]:
     """The Kronecker layers of a model in module order, each once, also inside DDP or `torch.compile`."""
-    return [module for module in model.modules() if isinstance(module, KronLinear)]
+    return [module for module in model.modules() if isinstance(module, KronLayer)]
 
 
-def block_masks(layers: list[KronLinear]) -> list[Tensor]:
-    """`KronLinear.block_mask` of each layer. If layers are sharded (FSDP2): one all-gather, all processes must call."""
+def block_masks(layers: list[KronLayer]) -> list[Tensor]:
+    """`block_mask` of each layer. If layers are sharded (FSDP2): one all-gather, all processes must call."""
     alive = [s != 0 for s in gather([layer.s for layer in layers])]
     return [
         mask if layer.dead_blocks is None else mask & ~layer.dead_blocks.to(mask.device)
@@ -54,7 +53,7 @@ def block_masks(layers: list[KronLinear]) -> list[Tensor]:
     ]
 
 
-def gather_factors(layers: list[KronLinear]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def gather_factors(layers: list[KronLayer]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """S, A and B of each layer, whole. If layers are sharded (FSDP2): one all-gather, all processes must call."""
     flat = gather([factor for layer in layers for factor in (layer.s, layer.a, layer.b)])
     return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
@@ -69,11 +68,11 @@ def model_sparsity(model: nn.Module) -> float:
     return share_of_entries(layers, [~alive for alive in block_masks(layers)])
 
 
-def share_of_entries(layers: list[KronLinear], masks: Sequence[Tensor | None]) -> float:
+def share_of_entries(layers: list[KronLayer], masks: Sequence[Tensor | None]) -> float:
     """Share of the entries of all weights that lie in the blocks `[O, I]` of the masks, None for no block."""
-    total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
+    total = sum(layer.s.numel() * layer.block_entries for layer in layers)
     pairs = zip(layers, masks, strict=True)
-    masked = sum(int(mask.sum()) * block_entries(layer) for layer, mask in pairs if mask is not None)
+    masked = sum(int(mask.sum()) * layer.block_entries for layer, mask in pairs if mask is not None)
     return masked / total if total else 0.0
 
 
@@ -91,7 +90,7 @@ def layer_quotas(sizes: list[int], entries: list[int], dead: list[int], required
 
     Args:
         sizes: Blocks of each layer.
-        entries: Entries of one block of each layer, `bo * bi`.
+        entries: Entries of one block of each layer.
         dead: Blocks of each layer that are dead already and stay so.
         required: Entries that shall be dead over all layers.
 
@@ -141,7 +140,7 @@ def check_reachable(sparsity: float, total: int, kept: int, layers: int) -> None
 
 
 def choose_dead(
-    layers: list[KronLinear],
+    layers: list[KronLayer],
     always: list[Tensor | None],
     sparsity: float,
     scope: str,
@@ -157,7 +156,7 @@ def choose_dead(
     factors = gather_factors(layers)
     scores = [importance(*each, mask) for each, mask in zip(factors, always, strict=True)]
     scores = scores if regroup is None else [regroup(score) for score in scores]
-    chosen = choose_blocks(scores, [block_entries(layer) for layer in layers], sparsity, scope)
+    chosen = choose_blocks(scores, [layer.block_entries for layer in layers], sparsity, scope)
     return [mask.to(s.device) | (s == 0) for mask, (s, _, _) in zip(chosen, factors, strict=True)]
 
 
@@ -167,7 +166,7 @@ def choose_blocks(scores: list[Tensor], entries: list[int], sparsity: float, sco
     Args:
         scores: Of the blocks of each layer, any shape, without NaN; -inf where a block is dead for good. Ties go by
             layer order and index.
-        entries: Entries of one block of each layer, `bo * bi`.
+        entries: Entries of one block of each layer.
         sparsity: Share of the entries of all layers that shall lie in chosen blocks.
         scope: One of `SCOPES`.
 
@@ -218,8 +217,3 @@ def importance(s: Tensor, a: Tensor, b: Tensor, always_dead: Tensor | None) -> T
 def required_entries(sparsity: float, total: int) -> int:
     """Smallest number of entries that is at least the share `sparsity`, without rounding errors such as .57 * 100."""
     return math.ceil(Fraction(repr(float(sparsity))) * total)
-
-
-def block_entries(layer: KronLinear) -> int:
-    """Entries of one block of the weight, `bo * bi`."""
-    return layer.block_size[0] * layer.block_size[1]

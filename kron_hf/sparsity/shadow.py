@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sharding import is_sharded, local, scatter_from_first, shard_of
 from kron_hf.sparsity.optimizer_state import group_of
 
@@ -37,7 +37,7 @@ class Shadow:
         self.masks = masks or []
         self._to_check = masks is not None
 
-    def collect(self, layers: list[KronLinear], optimizer: Optimizer) -> None:
+    def collect(self, layers: list[KronLayer], optimizer: Optimizer) -> None:
         """After an optimizer step: moves what it added to masked entries of S into the shadow."""
         if self._to_check:
             self._to_check = False
@@ -49,7 +49,7 @@ class Shadow:
                 _shadow(optimizer, layer.s).add_(s.masked_fill(~hidden, 0.0))
             s.masked_fill_(hidden, 0.0)
 
-    def reveal(self, layers: list[KronLinear], optimizer: Optimizer) -> None:
+    def reveal(self, layers: list[KronLayer], optimizer: Optimizer) -> None:
         """Puts S~ into S and forgets the masks."""
         for layer in layers:
             if KEY in optimizer.state.get(layer.s, {}):
@@ -57,7 +57,7 @@ class Shadow:
                 del optimizer.state[layer.s][KEY]
         self.masks = []
 
-    def hide(self, layers: list[KronLinear], masks: list[Tensor], optimizer: Optimizer) -> None:
+    def hide(self, layers: list[KronLayer], masks: list[Tensor], optimizer: Optimizer) -> None:
         """Zeroes masked entries of S and keeps them.
 
         Raises:
@@ -68,7 +68,7 @@ class Shadow:
         self.masks = masks
         self.collect(layers, optimizer)
 
-    def _warn_if_lost(self, layers: list[KronLinear], optimizer: Optimizer) -> None:
+    def _warn_if_lost(self, layers: list[KronLayer], optimizer: Optimizer) -> None:
         pairs = zip(layers, self.masks, strict=False)
         if any(bool(mask.any()) and KEY not in optimizer.state.get(layer.s, {}) for layer, mask in pairs):
             warnings.warn(
@@ -78,7 +78,7 @@ class Shadow:
             )
 
 
-def _spread(layers: list[KronLinear], optimizer: Optimizer) -> None:
+def _spread(layers: list[KronLayer], optimizer: Optimizer) -> None:
     """After loading: torch loads FULL_STATE_DICTs of FSDP2 on the first process, and spreads what Adam itself makes."""
     for s in [layer.s for layer in layers if is_sharded(layer.s)]:
         state = optimizer.state[s]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.optimizer_state import clear_state, overflowed, raw_optimizer
@@ -25,16 +25,16 @@ class _Method(Protocol):
     """What makes S sparse between the start and the end of the schedule."""
 
     def advance(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> None: ...
 
     def finish(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> list[Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLinear]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLayer]) -> None: ...
 
 
 class Sparsifier:
@@ -56,7 +56,7 @@ class Sparsifier:
     A `group_penalty` makes both prefer whole rows and columns of blocks, which can be cut out of a layer afterwards;
     `kron_hf.sparsity.groups` has the formulas, `empty_rows` and `empty_columns` what came of it.
 
-    Either way no layer is emptied, and at `end` `KronLinear.freeze_mask` makes the zeros permanent; the rest of the
+    Either way no layer is emptied, and at `end` their `freeze_mask` makes the zeros permanent; the rest of the
     training fine-tunes what is left.
 
     Blocks frozen before the training (of a pruned model that was loaded) count towards the target and stay dead. What
@@ -65,7 +65,7 @@ class Sparsifier:
     all-gather of the factors every `interval` steps, and in each step one small all-reduce if l1 penalises columns.
 
     Args:
-        model: A model with `KronLinear` layers, at any depth, also wrapped by DDP, FSDP2 or `torch.compile`.
+        model: A model with Kronecker layers, at any depth, also wrapped by DDP, FSDP2 or `torch.compile`.
         target_sparsity: Share of entries in zero blocks to end with, in [0, 1).
         l1: Weight of the l1 penalty on S. Give exactly one of `target_sparsity` and `l1`.
         scope: "global" ranks the blocks of all layers together; "layer" takes the same share from each layer.
@@ -78,7 +78,7 @@ class Sparsifier:
         groups: "rows" (output features), "columns" (input features) or "both".
 
     Raises:
-        ValueError: An option is out of range, the model has no `KronLinear` or its parameters are flattened (FSDP
+        ValueError: An option is out of range, the model has no Kronecker layer or its parameters are flattened (FSDP
             version 1, DeepSpeed ZeRO-3), the training is shorter than the schedule, or the target is impossible
             without emptying a layer.
 
@@ -126,7 +126,7 @@ class Sparsifier:
         self._model = model
         layers = kron_layers(model)
         if not layers:
-            raise ValueError(f"{type(model).__name__} has no KronLinear layers to make sparse; convert it first")
+            raise ValueError(f"{type(model).__name__} has no Kronecker layers to make sparse; convert it first")
         if any(isinstance(module, KronCandidates) for module in model.modules()):
             raise ValueError(
                 "blocks are made sparse once their size is chosen: select it with BlockSizeCallback, then train "
@@ -266,7 +266,7 @@ class Sparsifier:
                     clear_state(optimizer, parameter, mask.expand(parameter.shape))
 
 
-def _check_whole(layers: list[KronLinear]) -> None:
+def _check_whole(layers: list[KronLayer]) -> None:
     for layer in layers:
         if layer.s.shape != (layer.out_blocks, layer.in_blocks):
             raise ValueError(

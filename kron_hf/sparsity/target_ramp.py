@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.sharding import local, shard_of
 from kron_hf.sparsity.groups import regrouping
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.options import SparsityOptions
-from kron_hf.sparsity.pruning import block_entries, check_reachable, choose_dead, cubic_sparsity, share_of_entries
+from kron_hf.sparsity.pruning import check_reachable, choose_dead, cubic_sparsity, share_of_entries
 from kron_hf.sparsity.shadow import Shadow
 
 __all__ = ["TargetRamp"]
@@ -37,7 +37,7 @@ class TargetRamp:
         options: SparsityOptions,
         start_step: int,
         end_step: int,
-        layers: list[KronLinear],
+        layers: list[KronLayer],
         always: list[Tensor | None],
     ) -> None:
         assert options.target_sparsity is not None
@@ -49,7 +49,7 @@ class TargetRamp:
         self._check_possible(layers, always)
 
     def advance(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> None:
         """After optimizer step number `step`: every `interval` steps the least important blocks become zero.
 
@@ -67,7 +67,7 @@ class TargetRamp:
                 self._shadow.hide(layers, masks, _required(optimizer))
 
     def finish(
-        self, layers: list[KronLinear], always: list[Tensor | None], step: int, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], step: int, optimizer: Optimizer | None
     ) -> list[Tensor]:
         """Meets the target.
 
@@ -84,7 +84,7 @@ class TargetRamp:
         """What hides S of straight-through regrowth; the ramp itself is a function of the step alone."""
         return {} if self._shadow is None else {"hidden": [pack_mask(mask) for mask in self._shadow.masks]}
 
-    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLinear]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], layers: list[KronLayer]) -> None:
         """Continues from `state_dict`; `{}` begins afresh.
 
         Raises:
@@ -100,7 +100,7 @@ class TargetRamp:
             self._shadow = Shadow(masks)
 
     def _choose(
-        self, layers: list[KronLinear], always: list[Tensor | None], sparsity: float, optimizer: Optimizer | None
+        self, layers: list[KronLayer], always: list[Tensor | None], sparsity: float, optimizer: Optimizer | None
     ) -> list[Tensor]:
         initial = share_of_entries(layers, always)
         if initial > 0 and initial >= self._target and not self._warned:
@@ -114,14 +114,14 @@ class TargetRamp:
             self._shadow.reveal(layers, _required(optimizer))
         return choose_dead(layers, always, sparsity, self._scope, self._regroup)
 
-    def _check_possible(self, layers: list[KronLinear], always: list[Tensor | None]) -> None:
-        total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
+    def _check_possible(self, layers: list[KronLayer], always: list[Tensor | None]) -> None:
+        total = sum(layer.s.numel() * layer.block_entries for layer in layers)
         masks = zip(layers, always, strict=True)
-        kept = sum(block_entries(layer) for layer, mask in masks if mask is None or not bool(mask.all()))
+        kept = sum(layer.block_entries for layer, mask in masks if mask is None or not bool(mask.all()))
         check_reachable(self._target, total, kept, len(layers))
 
 
-def _zero(layers: list[KronLinear], masks: list[Tensor]) -> None:
+def _zero(layers: list[KronLayer], masks: list[Tensor]) -> None:
     for layer, mask in zip(layers, masks, strict=True):
         local(layer.s).masked_fill_(shard_of(mask, layer.s), 0.0)
 

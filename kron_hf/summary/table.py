@@ -32,17 +32,18 @@ class LayerSummary:
         name: Name of the module in the model.
         block_size: `(bo, bi)`; None in a sum, and for a layer whose block size is being selected.
         rank: Number of Kronecker terms; None likewise and for dense layers.
+        kernel_size: `(kh, kw)` of a convolution.
         sparsity: Share of the entries of W in blocks that are exactly zero, under the mask; None on the meta device.
         trained_params: Entries that require a gradient: of S, A, B and the bias, or of a dense weight and its bias.
         nonzeros: Entries that zero blocks leave alive, see `kron_summary` and `block_summary`; None on the meta device.
         deployed_params: Entries of A, B and the bias, since S is folded into A; all of a dense layer.
-        dense_params: Entries of the weight and bias of the `nn.Linear` it stands for, or is.
-        forward_flops: Per token.
+        dense_params: Entries of the weight and bias of the dense layer it stands for, or is.
+        forward_flops: Per token, or position of the output of a convolution, as all FLOPs here.
         training_flops: Per token, forward and both gradients: three times the forward.
         ideal_forward_flops: Per token, of a kernel that skips zero blocks. **None does**: it is what sparsity could
             save, not what it saves. None on the meta device.
-        dense_forward_flops: Per token, of the `nn.Linear`, `2 * in * out`.
-        dense_training_flops: Per token, of the `nn.Linear`, `6 * in * out`.
+        dense_forward_flops: Per token, of the dense layer, `2 * in * out`, times `kh * kw`.
+        dense_training_flops: Per token, of the dense layer, three times that.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LayerSummary:
     ideal_forward_flops: int | None
     dense_forward_flops: int
     dense_training_flops: int
+    kernel_size: tuple[int, ...] | None = None
 
     def shares_of_dense(self) -> dict[str, float | None]:
         """Counts over those of the `nn.Linear`s, by field; None where there is no count or nothing to compare with."""
@@ -164,7 +166,7 @@ def _joint_sparsity(layers: tuple[LayerSummary, ...]) -> float | None:
 def _row(layer: LayerSummary) -> tuple[str, ...]:
     return (
         plain(layer.name),
-        "" if layer.block_size is None else f"{layer.block_size[0]} x {layer.block_size[1]}",
+        "" if layer.block_size is None else " x ".join(map(str, (*layer.block_size, *(layer.kernel_size or ())))),
         "" if layer.rank is None else str(layer.rank),
         "-" if layer.sparsity is None else f"{layer.sparsity:.4f}",
         _count(layer.trained_params),
