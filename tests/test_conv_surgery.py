@@ -234,6 +234,7 @@ def test_a_checkpoint_may_hold_candidates_of_convolutions(tmp_path):
     loaded = spec.kind.from_pretrained(tmp_path)
     alive = [module.alive for module in loaded.modules() if isinstance(module, KronCandidates)]
     assert alive == [["4x4_rank1"], *[["4x4_rank1", "4x8_rank1"]] * 2]
+    assert kron_summary(loaded).dense_params == sum(parameter.numel() for parameter in spec().parameters())
     with torch.no_grad():
         assert torch.equal(loaded(pixel_values=spec.images).logits, model(pixel_values=spec.images).logits)
 
