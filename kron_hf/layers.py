@@ -5,7 +5,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kron_hf.kron_layer import KronLayer, resolve_block_size
+from kron_hf.block_size import resolve_block_size
+from kron_hf.kron_layer import KronLayer
 from kron_hf.ops import kron_linear
 from kron_hf.ops.folded import Folded, fold
 

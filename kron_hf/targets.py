@@ -5,7 +5,7 @@ Everything is decided and checked here before `surgery` touches the model.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from kron_hf.block_size import resolve_block_size
 from kron_hf.config import BlockSize, KronConfig
 from kron_hf.escaping import printable
-from kron_hf.factors import kron_flops
 from kron_hf.kron_kinds import dense_sizes, kron_kind
-from kron_hf.kron_layer import resolve_block_size
 from kron_hf.module_map import entry_sizes, localize_names
-from kron_hf.selection.candidates import candidate_key, converted_layers
+from kron_hf.selection.candidates import converted_layers
+from kron_hf.target import Target, warn_not_cheaper
 from kron_hf.weight_reads import weight_reader
 
 __all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refuse_adapters"]
@@ -51,38 +51,6 @@ PROJECTIONS_WITHIN = {
     "linear": {"queries_keys_values", "keys_values", "queries", "projection", "linear_up", "linear_down"},  # LeViT
 }
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module to replace.
-
-    Attributes:
-        name: Its full name.
-        module: The module.
-        block_size: The resolved block size; of the first candidate, if there are several.
-        rank: The rank, likewise.
-        candidates: Block size and rank of each candidate to choose from; empty where nothing is to be chosen.
-    """
-
-    name: str
-    module: nn.Linear | nn.Conv2d
-    block_size: tuple[int, int]
-    rank: int
-    candidates: tuple[tuple[tuple[int, int], int], ...] = ()
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The module, for what works on linears alone.
-
-        Raises:
-            ValueError: It is a convolution; names it.
-        """
-        if not isinstance(self.module, nn.Linear):
-            raise ValueError(
-                f"{printable(self.name)}: this works on nn.Linear alone, the module is a {type(self.module).__name__}"
-            )
-        return self.module
 
 
 def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = True) -> list[Target]:
@@ -119,7 +87,7 @@ def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = T
         warnings.warn(f"Left dense: {'; '.join(skipped.values())}", stacklevel=4)
     _warn_unused(model, config, [*(target.name for target in targets), *skipped])
     if compare_cost:
-        _warn_not_cheaper(targets)
+        warn_not_cheaper(targets, stacklevel=4)
     return targets
 
 
@@ -343,31 +311,3 @@ def _warn_unused(model: nn.Module, config: KronConfig, chosen: list[str]) -> Non
 
 def _warn_unused_entry(field_name: str, entry: str | int, of_what: str) -> None:
     warnings.warn(f"{field_name}: {entry!r} matches none {of_what}", stacklevel=6)
-
-
-def _warn_not_cheaper(targets: list[Target]) -> None:
-    modules: list[str] = []
-    candidates: dict[str, list[float]] = {}
-    for target in targets:
-        for block_size, rank in target.candidates or [(target.block_size, target.rank)]:
-            ratio = _relative_flops(target.module, block_size, rank)
-            if ratio >= 1 and target.candidates:
-                candidates.setdefault(candidate_key(block_size, rank), []).append(ratio)
-            elif ratio >= 1:
-                modules.append(f"{target.name} ({ratio:.2f}x)")
-    listed = [
-        f"{key} ({max(ratios):.2f}x, {len(ratios)} of {len(targets)} modules)" for key, ratios in candidates.items()
-    ]
-    if modules or listed:
-        what = "These candidates" if listed else "These modules"
-        warnings.warn(
-            f"{what} need as many FLOPs as dense ones or more; take a lower rank or another block size: "
-            f"{printable(', '.join(modules + listed))}",
-            stacklevel=5,
-        )
-
-
-def _relative_flops(module: nn.Linear | nn.Conv2d, block_size: tuple[int, int], rank: int) -> float:
-    out_size, in_size, kernel, inputs = dense_sizes(module)
-    flops = kron_flops(out_size, in_size, block_size, rank, kernel_entries=kernel, input_positions=inputs)
-    return flops / (2 * out_size * in_size * kernel)

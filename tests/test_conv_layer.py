@@ -1,17 +1,16 @@
 """`KronConv2d` against `F.conv2d` with the weight that the formula gives, and `nn.Conv2d`'s own geometry."""
 
 import copy
-import pickle
 import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from kron_hf import KronConv2d, fold_for_inference
+from kron_hf import KronConv2d
 from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d
+from kron_hf.sparsity.pruning import block_entries
 
 # (in, out, kernel_size, block_size, rank) and the geometry
 SHAPES = {
@@ -63,16 +62,6 @@ def dense_output(layer, shape, x):
     """What `nn.Conv2d` itself computes with that weight."""
     parameters = {"weight": weight_by_loops(layer)} | ({} if layer.bias is None else {"bias": layer.bias})
     return functional_call(conv_of(shape, bias=layer.bias is not None), parameters, (x,))
-
-
-def frozen_layer() -> KronConv2d:
-    layer = KronConv2d(8, 12, 3, (3, 2), rank=2, padding=1)
-    with torch.no_grad():
-        layer.s.copy_(torch.randn_like(layer.s))
-        layer.s[0, 1], layer.s[2, 3], layer.s[3, 0] = 0, 0, 0
-        layer.s[0, 0] = -0.5
-    layer.freeze_mask()
-    return layer
 
 
 # The formula
@@ -261,7 +250,7 @@ def test_from_conv_is_exact_at_full_rank_and_to_conv_has_the_same_function(shape
     conv = conv_of(shape, dtype=torch.float64).eval()
     _, _, _, block_size, _ = SHAPES[shape][0]
     probe = layer_of(shape)
-    layer = KronConv2d.from_conv(conv, block_size, min(probe.s.numel(), probe.block_entries))
+    layer = KronConv2d.from_conv(conv, block_size, min(probe.s.numel(), block_entries(probe)))
     torch.testing.assert_close(layer.dense_weight(), conv.weight)
     x = torch.randn(2, conv.in_channels, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x), conv(x))
@@ -304,86 +293,3 @@ def test_nan_weight_is_refused():
         conv.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="from_conv: the weight holds NaN or infinite values"):
         KronConv2d.from_conv(conv, 4, 2)
-
-
-# The frozen mask, and the rest of PyTorch
-
-
-def test_a_frozen_mask_holds_under_momentum_and_weight_decay():
-    layer = frozen_layer()
-    dead = ~layer.block_mask
-    assert int(dead.sum()) == 3
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        layer(torch.randn(2, 8, 4, 4)).square().sum().backward()
-        assert torch.all(layer.s.grad[dead] == 0)
-        optimizer.step()
-    weight = layer.to_conv().weight
-    blocks = weight.view(4, 3, 4, 2, 9).transpose(1, 2)
-    assert torch.all(blocks[dead] == 0)
-    assert int((weight == 0).sum()) == 3 * layer.block_entries == 3 * 3 * 2 * 9
-    assert torch.all(layer.state_dict()["s"][dead] == 0)
-    loaded = KronConv2d(8, 12, 3, (3, 2), rank=2, padding=1)
-    loaded.load_state_dict(layer.state_dict())
-    assert torch.equal(loaded.dead_blocks, dead)
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deep", "pickle"]
-)
-def test_copies_are_independent(copied):
-    layer = frozen_layer()
-    twin = copied(layer)
-    x = torch.randn(2, 8, 4, 4)
-    assert torch.equal(twin(x), layer(x))
-    with torch.no_grad():
-        twin.a.zero_()
-    assert not torch.equal(twin(x), layer(x))
-
-
-def test_state_dict_of_a_dense_layer_does_not_load():
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        KronConv2d(8, 8, 3, 4, 2).load_state_dict(nn.Conv2d(8, 8, 3).state_dict(), strict=False)
-
-
-@pytest.mark.parametrize("keep_weight", [False, True])
-@pytest.mark.parametrize("rank", [1, 16], ids=["factors", "build-w"])
-def test_folding_gives_the_same_and_is_lifted_by_writes(rank, keep_weight):
-    layer = KronConv2d(16, 16, 3, 4, rank, padding=1, padding_mode="circular")
-    with torch.no_grad():
-        layer.s[1, 2] = 0
-    layer.freeze_mask()
-    x = torch.randn(2, 16, 5, 5)
-    expected = layer(x).detach()
-    fold_for_inference(layer, keep_weight=keep_weight)
-    assert (layer.folded.weight is not None) == (keep_weight and rank == 16)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected)
-        layer.s[0, 0] = 5
-        changed = layer(x)
-    assert layer.folded is None
-    torch.testing.assert_close(
-        changed, F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.dense_weight(), layer.bias)
-    )
-
-
-def test_compile_has_no_graph_break():
-    """Two layers, one with a frozen mask, forward and backward in one compiled graph."""
-    model = nn.Sequential(KronConv2d(4, 8, 3, 2, 1, padding=1, padding_mode="circular"), nn.ReLU(), frozen_layer())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 4, 5, 5)
-    expected = model(x)
-    grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
-    out = compiled(x)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(model.parameters())), grads)
-
-
-def test_export_with_any_batch_and_size_of_images():
-    model = nn.Sequential(KronConv2d(8, 16, 3, 4, 1, padding=1), nn.ReLU(), KronConv2d(16, 8, 3, 4, 8, stride=2)).eval()
-    batch, height = torch.export.Dim("batch", min=1), torch.export.Dim("height", min=9)
-    exported = torch.export.export(model, (torch.randn(2, 8, 9, 7),), dynamic_shapes=({0: batch, 2: height},)).module()
-    for size in ((1, 8, 9, 7), (5, 8, 12, 7)):
-        x = torch.randn(size)
-        torch.testing.assert_close(exported(x), model(x))

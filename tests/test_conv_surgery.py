@@ -14,7 +14,7 @@ from kron_hf import KronConfig, KronConv2d, KronLinear, Sparsifier, get_kron_mod
 from kron_hf.baselines.targets import block_layers
 from kron_hf.checkpoint import attach_kron_config
 from kron_hf.selection import BlockSizeSelector, KronCandidates, replace_by_chosen
-from kron_hf.sparsity.pruning import kron_layers
+from kron_hf.sparsity.pruning import block_entries, kron_layers
 from kron_hf.targets import find_targets
 
 
@@ -138,7 +138,7 @@ def test_sparsity_is_the_share_of_entries_of_kernels_and_matrices(scope):
     weights = [layer.dense_weight() for layer in kron_layers(model)]
     zeros, entries = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
     assert sparsifier.sparsity == kron_summary(model).sparsity == pytest.approx(zeros / entries)
-    assert 0 <= zeros - 0.5 * entries < max(layer.block_entries for layer in kron_layers(model))
+    assert 0 <= zeros - 0.5 * entries < max(block_entries(layer) for layer in kron_layers(model))
     assert all(bool(layer.block_mask.any()) for layer in kron_layers(model))
     if scope == "layer":
         shares = [layer.sparsity for layer in kron_layers(model)]
@@ -234,6 +234,7 @@ def test_a_checkpoint_may_hold_candidates_of_convolutions(tmp_path):
     loaded = spec.kind.from_pretrained(tmp_path)
     alive = [module.alive for module in loaded.modules() if isinstance(module, KronCandidates)]
     assert alive == [["4x4_rank1"], *[["4x4_rank1", "4x8_rank1"]] * 2]
+    assert kron_summary(loaded).dense_params == sum(parameter.numel() for parameter in spec().parameters())
     with torch.no_grad():
         assert torch.equal(loaded(pixel_values=spec.images).logits, model(pixel_values=spec.images).logits)
 

@@ -17,17 +17,18 @@ SOURCES = sorted((ROOT / "kron_hf").rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub"}
 TORCH_ONLY = (
     *("factors", "sharding", "ops", "layers", "selection", "sparsity", "calibration", "distillation"),
-    *("evaluation_mode", "param_groups", "summary", "kron_layer", "conv_layer", "kron_kinds"),
+    *("evaluation_mode", "param_groups", "summary", "block_size", "kron_layer", "conv_layer", "kron_kinds"),
 )
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"versions", "escaping", "evaluation_mode", "factors", "metrics", "weight_reads", "sharding", "data"},
+    {"versions", "escaping", "evaluation_mode", "factors", "block_size", "metrics", "weight_reads", "sharding", "data"},
     {"peft_type", "module_map", "ops", "config_checks"},
     {"calibration_config"},
     {"config", "kron_layer"},
     {"layers", "conv_layer"},
     {"kron_kinds"},
-    {"sparsity", "selection", "calibration", "distillation", "checkpoint", "targets"},
+    {"sparsity", "selection", "calibration", "distillation", "checkpoint", "target"},
+    {"targets"},
     {"calibration_data", "inference", "param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},

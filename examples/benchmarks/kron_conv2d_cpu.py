@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin disturb what is measured
 
@@ -50,7 +51,8 @@ class OneWay(nn.Module):
 
     def __init__(self, layer: KronConv2d, way: Way) -> None:
         super().__init__()
-        self.layer, self.way = layer, way
+        self.layer = layer
+        self.way: Way = way
         self.geometry = Convolution(layer.kernel_size, layer.stride, layer.padding)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class OneWay(nn.Module):
 
 def row(case: Case, images: int, repeats: int) -> str:
     """One line of the table."""
-    options = {"padding": case.kernel // 2, "stride": case.stride}
+    options: Any = {"padding": case.kernel // 2, "stride": case.stride}
     dense = nn.Conv2d(case.channels, case.channels, case.kernel, **options)
     layer = KronConv2d(case.channels, case.channels, case.kernel, case.block_size, case.rank, **options)
     x = torch.randn(images, case.channels, case.size, case.size, requires_grad=True)

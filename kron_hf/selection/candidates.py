@@ -81,7 +81,6 @@ class KronCandidates(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         features = (in_features, out_features)
         self._hold([KronLinear(*features, size, rank, bias=False, **where) for size, rank in candidates], bias)
@@ -90,6 +89,9 @@ class KronCandidates(nn.Module):
         if not layers:
             raise ValueError("KronCandidates needs at least one candidate, got none")
         self.weight_shape = shape = layers[0].weight_shape
+        out_name, in_name = ("out_channels", "in_channels") if shape[2:] else ("out_features", "in_features")
+        setattr(self, out_name, shape[0])  # other code may read them of the layer that was there
+        setattr(self, in_name, shape[1])
         self.candidates = nn.ModuleDict()
         for layer in layers:
             key = candidate_key(layer.block_size, layer.rank)
@@ -299,7 +301,7 @@ class KronCandidates(nn.Module):
             device: None is the dense layer's.
         """
         kind = kron_kind(dense, cls.__name__)
-        layer = cls.__new__(cls)
+        layer = cls.__new__(cls)  # __init__ takes the sizes of a linear
         nn.Module.__init__(layer)
         made = [kind.like(dense, size, rank, bias=False, device=device) for size, rank in candidates]
         layer._hold(made, dense.bias is not None)

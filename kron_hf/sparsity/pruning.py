@@ -20,6 +20,7 @@ from kron_hf.sharding import gather
 __all__ = [
     "SCOPES",
     "Regroup",
+    "block_entries",
     "block_masks",
     "check_reachable",
     "choose_blocks",
@@ -70,9 +71,9 @@ def model_sparsity(model: nn.Module) -> float:
 
 def share_of_entries(layers: list[KronLayer], masks: Sequence[Tensor | None]) -> float:
     """Share of the entries of all weights that lie in the blocks `[O, I]` of the masks, None for no block."""
-    total = sum(layer.s.numel() * layer.block_entries for layer in layers)
+    total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
     pairs = zip(layers, masks, strict=True)
-    masked = sum(int(mask.sum()) * layer.block_entries for layer, mask in pairs if mask is not None)
+    masked = sum(int(mask.sum()) * block_entries(layer) for layer, mask in pairs if mask is not None)
     return masked / total if total else 0.0
 
 
@@ -156,7 +157,7 @@ def choose_dead(
     factors = gather_factors(layers)
     scores = [importance(*each, mask) for each, mask in zip(factors, always, strict=True)]
     scores = scores if regroup is None else [regroup(score) for score in scores]
-    chosen = choose_blocks(scores, [layer.block_entries for layer in layers], sparsity, scope)
+    chosen = choose_blocks(scores, [block_entries(layer) for layer in layers], sparsity, scope)
     return [mask.to(s.device) | (s == 0) for mask, (s, _, _) in zip(chosen, factors, strict=True)]
 
 
@@ -217,3 +218,8 @@ def importance(s: Tensor, a: Tensor, b: Tensor, always_dead: Tensor | None) -> T
 def required_entries(sparsity: float, total: int) -> int:
     """Smallest number of entries that is at least the share `sparsity`, without rounding errors such as .57 * 100."""
     return math.ceil(Fraction(repr(float(sparsity))) * total)
+
+
+def block_entries(layer: KronLayer) -> int:
+    """Entries of one block of the weight, `bo * bi`; of a convolution times `kh * kw`."""
+    return math.prod(layer.factor_shapes["b"][1:])

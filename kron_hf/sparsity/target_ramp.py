@@ -12,7 +12,7 @@ from kron_hf.sharding import local, shard_of
 from kron_hf.sparsity.groups import regrouping
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.options import SparsityOptions
-from kron_hf.sparsity.pruning import check_reachable, choose_dead, cubic_sparsity, share_of_entries
+from kron_hf.sparsity.pruning import block_entries, check_reachable, choose_dead, cubic_sparsity, share_of_entries
 from kron_hf.sparsity.shadow import Shadow
 
 __all__ = ["TargetRamp"]
@@ -115,9 +115,9 @@ class TargetRamp:
         return choose_dead(layers, always, sparsity, self._scope, self._regroup)
 
     def _check_possible(self, layers: list[KronLayer], always: list[Tensor | None]) -> None:
-        total = sum(layer.s.numel() * layer.block_entries for layer in layers)
+        total = sum(layer.s.numel() * block_entries(layer) for layer in layers)
         masks = zip(layers, always, strict=True)
-        kept = sum(layer.block_entries for layer, mask in masks if mask is None or not bool(mask.all()))
+        kept = sum(block_entries(layer) for layer, mask in masks if mask is None or not bool(mask.all()))
         check_reachable(self._target, total, kept, len(layers))
 
 
