@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.benchmarks import report, run
+from examples.benchmarks import calibrate, report, run
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import METHODS, PATHS
@@ -19,6 +19,7 @@ from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES
 from examples.benchmarks.subjects import MODELS, Subject, build_subject
 from kron_hf.factors import kron_weight
 from kron_hf.ops.backend import forced_backend
+from kron_hf.ops.cpu_costs import cpu_costs
 
 CONDITIONS = Conditions(device="cpu", dtype="float32", tokens=16, batch=2, threads=1, machine="here")
 WIDE = replace(CONDITIONS, dtype="float64", tokens=5)
@@ -281,3 +282,40 @@ def test_plots(tmp_path):
     draw_over_sizes([], tmp_path / "none.png")
     draw_roofline([], {}, tmp_path / "none.png")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# The calibration
+
+
+def test_a_fit_finds_what_rows_were_made_of():
+    rows = [(x, y, 2 * x + 3 * y) for x, y in ((1.0, 5.0), (2.0, 1.0), (7.0, 4.0))]
+    assert calibrate.fit(rows) == pytest.approx((2, 3))
+    assert calibrate.fit([(1.0, 1.0, 1.0), (2.0, 1.0, 3.0)]) == pytest.approx((15 / 13, 0))
+    assert calibrate.fit([(1.0, 1.0, -1.0)]) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cost_is_measured(dtype):
+    costs = calibrate.measure(dtype, calibrate.Measurement(tokens=16, repeats=1, widths=(64,)))
+    values = [value for part in costs for value in (part if isinstance(part, tuple) else (part,))]
+    assert len(values) == 2 * 4 + len(costs) - 2
+    assert all(0 <= value < float("inf") for value in values)
+    assert min(costs.build, costs.weight_gradient, costs.gather, costs.fill, costs.call) > 0
+    assert calibrate.line(costs).startswith(f"CpuCosts(Rates({costs.token_major.forward:.3g}, ")
+
+
+def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):
+    made = cpu_costs(torch.float32, 1)
+    monkeypatch.setattr(calibrate, "measure", lambda dtype, how: made._replace(wake=float(torch.get_num_threads())))
+    before, path = torch.get_num_threads(), tmp_path / "costs.json"
+    try:
+        calibrate.main(["--threads", "1", "2", "--dtype", "bfloat16", "--json", str(path)])
+    finally:
+        torch.set_num_threads(before)
+    line = "bfloat16, 2 threads: CpuCosts(Rates(1.25, 15, 1.45, 30), Rates(1.1, 46, 1.4, 80), build="
+    assert line in capsys.readouterr().out
+    stored = json.loads(path.read_text())["measured"]
+    assert [(each["dtype"], each["threads"], each["costs"]["wake"]) for each in stored] == [
+        ("bfloat16", 1, 1.0),
+        ("bfloat16", 2, 2.0),
+    ]
