@@ -15,7 +15,7 @@ from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import METHODS, PATHS
 from examples.benchmarks.plots import draw_over_sizes, draw_roofline
-from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES
+from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES, limit
 from examples.benchmarks.subjects import MODELS, Subject, build_subject
 from kron_hf.factors import kron_weight
 from kron_hf.ops.backend import forced_backend
@@ -82,6 +82,14 @@ def test_models_are_those_of_the_papers(name, hidden, layers):
     assert model.classifier.in_features == hidden
     assert sum(module.endswith("fc1") for module, _ in model.named_modules()) == layers
     assert model.config.image_size == 224
+
+
+def test_where_limits_hold():
+    case = next(iter(LIMITS))
+    there = replace(CONDITIONS, tokens=4096, batch=8)
+    assert limit(case, there) == LIMITS[case]
+    for change in ({"tokens": 1}, {"batch": 1}, {"dtype": "bfloat16"}, {"device": "cuda"}):
+        assert limit(case, replace(there, **change)) is None
 
 
 # What methods compute
@@ -224,14 +232,14 @@ def test_a_case_above_its_limit_is_measured_again_and_the_lowest_counts(monkeypa
 
     monkeypatch.setattr(run, "alternate", times)
     monkeypatch.setattr(run, "memory", lambda *_, **__: {})
-    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5})
+    monkeypatch.setattr(run, "limit", lambda *_: 0.5)
     row = run.measure(layer("kron"), CONDITIONS, 1)
     assert (row["both_ms"], row["attempts"]) == (0.7, 3)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(run.SUITES, "tiny", [layer("kron"), tiny_vit("kron")])
-    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5, tiny_vit("kron"): 3.5})
+    monkeypatch.setattr(run, "limit", lambda case, _: 0.5 if case.features else 3.5)
     monkeypatch.setattr(run, "roof", lambda *_: {})
     monkeypatch.setattr(run, "measure", lambda case, *_: made_up(case, 2.0))
     assert run.main(["tiny", "--output", str(tmp_path / "rows.jsonl"), "--tokens", "16", "--batch", "2"]) == 1
@@ -249,7 +257,7 @@ def test_tables(rows):
     assert len(lines) == len(rows) + 2
     assert {line.count("|") for line in lines[2:]} == {12}
     case = next(iter(LIMITS))
-    (line,) = list(report.table([made_up(case, 0.5)]))[2:]
+    (line,) = list(report.table([made_up(case, 0.5) | {"tokens": 4096, "batch": 8}]))[2:]
     assert line.startswith("| 768 -> 768 | kron | 16 x 16, 1 | 0.50 | 0.50 | 0.50 |")
     assert f"limit {LIMITS[case]}: missed" in line
 
@@ -272,6 +280,22 @@ def test_choices_against_the_best_way():
     assert "2 shapes" in summary
     assert "1.414 (geometric mean)" in summary
     assert far == ["  192 -> 192, blocks (4, 4), rank 2: 2.00 of kron, build-w"]
+
+
+def test_the_report_of_a_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"roof": {"flops_per_second": 1.0, "bytes_per_second": 1.0}, **vars(CONDITIONS)}]
+    rows += [made_up(layer("kron"), 0.5), made_up(layer("kron"), 0.5) | {"tokens": 1}]
+    rows += [made_up(case, 0.5) for case in GRID[:3]]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["report", "--input", str(path)])
+    report.main()
+    out = capsys.readouterr().out
+    assert "here, cpu, float32, threads: 1, tokens of a layer: 16, torch 2\n" in out
+    assert "tokens of a layer: 1, torch 2\n" in out
+    assert out.count("| 32 -> 64 | kron |") == 2
+    assert f"grid, 3 of {len(GRID)} cases" in out
+    assert "grid: nothing measured" in out
 
 
 def test_plots(tmp_path):
