@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kron_hf.factors import kron_weight
-from kron_hf.ops import backend, cost, kron_linear, paths
+from kron_hf.ops import backend, cost, cpu_costs, kron_linear, paths
 
 SHAPE = cost.Shape("cpu", torch.float32, 4096, 48, 48, 16, 16, 2)
 FACTORED = [name for name in backend.BACKENDS if name.count("-") == 3]
@@ -153,6 +153,17 @@ def test_threads_that_are_not_there_are_not_woken():
     assert cost.forward_path(alone) is not None  # one thread: measured at a quarter of building W
     for path in (None, *cost.factored_paths(few)):
         assert cost.forward_cost(two, path) > cost.forward_cost(alone, path) + 3 * 15e6
+
+
+def test_what_was_measured_with_several_threads_is_taken_for_several(monkeypatch):
+    one = cpu_costs.cpu_costs(torch.bfloat16, 1)
+    several = one._replace(build=1e6, gather=1e9, scatter=1e9)
+    monkeypatch.setitem(cpu_costs._MEASURED, torch.bfloat16, (one, several))
+    alone = SHAPE._replace(dtype=torch.bfloat16, tokens=32, rank=4)
+    four = alone._replace(threads=4)
+    assert cost.forward_cost(four, None) > 1e6 * 768 * 768 / 32 > cost.forward_cost(alone, None)
+    assert any(cost.worth_dropping(alone, 4, 4))
+    assert not any(cost.worth_dropping(four, 4, 4))
 
 
 def test_few_tokens_pay_for_reading_w():

@@ -10,15 +10,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.benchmarks import report, run
+from examples.benchmarks import calibrate, report, run
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import METHODS, PATHS
 from examples.benchmarks.plots import draw_over_sizes, draw_roofline
-from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES
+from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES, limit
 from examples.benchmarks.subjects import MODELS, Subject, build_subject
 from kron_hf.factors import kron_weight
 from kron_hf.ops.backend import forced_backend
+from kron_hf.ops.cpu_costs import cpu_costs
 
 CONDITIONS = Conditions(device="cpu", dtype="float32", tokens=16, batch=2, threads=1, machine="here")
 WIDE = replace(CONDITIONS, dtype="float64", tokens=5)
@@ -81,6 +82,14 @@ def test_models_are_those_of_the_papers(name, hidden, layers):
     assert model.classifier.in_features == hidden
     assert sum(module.endswith("fc1") for module, _ in model.named_modules()) == layers
     assert model.config.image_size == 224
+
+
+def test_where_limits_hold():
+    case = next(iter(LIMITS))
+    there = replace(CONDITIONS, tokens=4096, batch=8)
+    assert limit(case, there) == LIMITS[case]
+    for change in ({"tokens": 1}, {"batch": 1}, {"dtype": "bfloat16"}, {"device": "cuda"}):
+        assert limit(case, replace(there, **change)) is None
 
 
 # What methods compute
@@ -223,14 +232,14 @@ def test_a_case_above_its_limit_is_measured_again_and_the_lowest_counts(monkeypa
 
     monkeypatch.setattr(run, "alternate", times)
     monkeypatch.setattr(run, "memory", lambda *_, **__: {})
-    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5})
+    monkeypatch.setattr(run, "limit", lambda *_: 0.5)
     row = run.measure(layer("kron"), CONDITIONS, 1)
     assert (row["both_ms"], row["attempts"]) == (0.7, 3)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(run.SUITES, "tiny", [layer("kron"), tiny_vit("kron")])
-    monkeypatch.setattr(run, "LIMITS", {layer("kron"): 0.5, tiny_vit("kron"): 3.5})
+    monkeypatch.setattr(run, "limit", lambda case, _: 0.5 if case.features else 3.5)
     monkeypatch.setattr(run, "roof", lambda *_: {})
     monkeypatch.setattr(run, "measure", lambda case, *_: made_up(case, 2.0))
     assert run.main(["tiny", "--output", str(tmp_path / "rows.jsonl"), "--tokens", "16", "--batch", "2"]) == 1
@@ -248,7 +257,7 @@ def test_tables(rows):
     assert len(lines) == len(rows) + 2
     assert {line.count("|") for line in lines[2:]} == {12}
     case = next(iter(LIMITS))
-    (line,) = list(report.table([made_up(case, 0.5)]))[2:]
+    (line,) = list(report.table([made_up(case, 0.5) | {"tokens": 4096, "batch": 8}]))[2:]
     assert line.startswith("| 768 -> 768 | kron | 16 x 16, 1 | 0.50 | 0.50 | 0.50 |")
     assert f"limit {LIMITS[case]}: missed" in line
 
@@ -273,6 +282,22 @@ def test_choices_against_the_best_way():
     assert far == ["  192 -> 192, blocks (4, 4), rank 2: 2.00 of kron, build-w"]
 
 
+def test_the_report_of_a_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"roof": {"flops_per_second": 1.0, "bytes_per_second": 1.0}, **vars(CONDITIONS)}]
+    rows += [made_up(layer("kron"), 0.5), made_up(layer("kron"), 0.5) | {"tokens": 1}]
+    rows += [made_up(case, 0.5) for case in GRID[:3]]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["report", "--input", str(path)])
+    report.main()
+    out = capsys.readouterr().out
+    assert "here, cpu, float32, threads: 1, tokens of a layer: 16, torch 2\n" in out
+    assert "tokens of a layer: 1, torch 2\n" in out
+    assert out.count("| 32 -> 64 | kron |") == 2
+    assert f"grid, 3 of {len(GRID)} cases" in out
+    assert "grid: nothing measured" in out
+
+
 def test_plots(tmp_path):
     rows = [made_up(case, 0.5 + case.rank / 10) for case in GRID if case.features == (768, 768)]
     draw_over_sizes(rows, tmp_path / "sizes.png")
@@ -281,3 +306,40 @@ def test_plots(tmp_path):
     draw_over_sizes([], tmp_path / "none.png")
     draw_roofline([], {}, tmp_path / "none.png")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# The calibration
+
+
+def test_a_fit_finds_what_rows_were_made_of():
+    rows = [(x, y, 2 * x + 3 * y) for x, y in ((1.0, 5.0), (2.0, 1.0), (7.0, 4.0))]
+    assert calibrate.fit(rows) == pytest.approx((2, 3))
+    assert calibrate.fit([(1.0, 1.0, 1.0), (2.0, 1.0, 3.0)]) == pytest.approx((15 / 13, 0))
+    assert calibrate.fit([(1.0, 1.0, -1.0)]) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_cost_is_measured(dtype):
+    costs = calibrate.measure(dtype, calibrate.Measurement(tokens=16, repeats=1, widths=(64,)))
+    values = [value for part in costs for value in (part if isinstance(part, tuple) else (part,))]
+    assert len(values) == 2 * 4 + len(costs) - 2
+    assert all(0 <= value < float("inf") for value in values)
+    assert min(costs.build, costs.weight_gradient, costs.gather, costs.fill, costs.call) > 0
+    assert calibrate.line(costs).startswith(f"CpuCosts(Rates({costs.token_major.forward:.3g}, ")
+
+
+def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):
+    made = cpu_costs(torch.float32, 1)
+    monkeypatch.setattr(calibrate, "measure", lambda dtype, how: made._replace(wake=float(torch.get_num_threads())))
+    before, path = torch.get_num_threads(), tmp_path / "costs.json"
+    try:
+        calibrate.main(["--threads", "1", "2", "--dtype", "bfloat16", "--json", str(path)])
+    finally:
+        torch.set_num_threads(before)
+    line = "bfloat16, 2 threads: CpuCosts(Rates(1.25, 15, 1.45, 30), Rates(1.1, 46, 1.4, 80), build="
+    assert line in capsys.readouterr().out
+    stored = json.loads(path.read_text())["measured"]
+    assert [(each["dtype"], each["threads"], each["costs"]["wake"]) for each in stored] == [
+        ("bfloat16", 1, 1.0),
+        ("bfloat16", 2, 2.0),
+    ]

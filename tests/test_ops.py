@@ -362,13 +362,41 @@ def test_mixed_dtypes(position):
     inputs = make_inputs(SQUARE, 5)
     inputs[position] = inputs[position].float()
     name = ["x", "s", "a", "b", "bias"][position]
-    with pytest.raises(TypeError, match=rf"same floating point dtype, got .*{name} torch.float32"):
+    with pytest.raises(TypeError, match=rf"same floating point dtype of 16 to 64 bits, got .*{name} torch.float32"):
         kron_linear(*inputs)
 
 
-def test_integers():
-    with pytest.raises(TypeError, match=r"got x torch\.int64"):
-        kron_linear(*[tensor.detach().long() for tensor in make_inputs(SQUARE, 5)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_unsupported_dtypes(dtype):
+    with pytest.raises(TypeError, match=rf"of 16 to 64 bits, got x {dtype}, s {dtype}"):
+        kron_linear(*[tensor.detach().abs().to(dtype) for tensor in make_inputs(SQUARE, 5)])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_factors_that_are_not_finite_spoil_their_blocks_alone(force_path, path, value):
+    force_path(path)
+    x, s, a, b, bias = [tensor.detach() for tensor in make_inputs(SQUARE, CHUNK + 1)]
+    expected = kron_linear(x, s, a, b, bias)
+    a[0, 1, 0] = value
+    out = kron_linear(x, s, a, b, bias)
+    torch.testing.assert_close(out[:, [0, 1, 2, 3, 8, 9, 10, 11]], expected[:, [0, 1, 2, 3, 8, 9, 10, 11]])
+    assert not out[:, 4:8].isfinite().any()
+    b[0] = value
+    assert not kron_linear(x, s, a, b, bias).isfinite().any()
+
+
+def test_more_than_2_to_31_elements():
+    tokens = 2**31 // 8 + 5
+    inputs = [tensor.detach().to("meta").requires_grad_() for tensor in make_inputs(SQUARE, 1)]
+    inputs[0] = torch.empty(tokens, 8, dtype=torch.float64, device="meta", requires_grad=True)
+    out = kron_linear(*inputs)
+    out.sum().backward()
+    assert (out.shape, inputs[0].grad.shape) == ((tokens, 12), (tokens, 8))
+    for dtype in (torch.float32, torch.bfloat16):
+        path = cost.forward_path(cpu_shape(768, 16, 2, 2**33, dtype))
+        assert path is not None
+        assert path.chunk <= 2048
 
 
 def cpu_shape(features, block, rank, tokens=4096, dtype=torch.float32):

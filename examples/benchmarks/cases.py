@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-__all__ = ["Case", "Conditions", "key_of"]
+__all__ = ["Case", "Conditions", "key_of", "to_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,11 @@ class Conditions:
     batch: int
     threads: int
     machine: str
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Those that a row of results was measured under."""
+        return cls(**{item.name: row[item.name] for item in fields(cls)})
 
 
 def key_of(case: Case, conditions: Conditions) -> tuple[Any, ...]:

@@ -37,15 +37,13 @@ class Measured:
         return cls(model, subject, torch.optim.AdamW(parameters, lr=1e-5, fused=True) if trained else None)
 
     def forward(self) -> Tensor:
-        """In eval mode, without gradients."""
-        self.model.eval()
+        """Without gradients."""
         with torch.no_grad():
             return self.subject.run(self.model)
 
     def step(self, mark: Callable[[], object] = lambda: None) -> None:
         """A training step; `mark` is called between backward and optimizer."""
         assert self.optimizer is not None
-        self.model.train()
         self.optimizer.zero_grad()
         self.subject.backward(self.subject.run(self.model))
         mark()
@@ -53,7 +51,7 @@ class Measured:
 
 
 def alternate(runs: Mapping[str, Measured], repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of the forward, of forward + backward in training, and of the whole step, in turn."""
+    """Median milliseconds of the forward in eval mode, of forward + backward in training, and of the whole step."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     for repeat in range(-2, repeats):  # the first two warm up, compile and allocate optimizer state
         for name, measured in runs.items():
@@ -65,16 +63,16 @@ def alternate(runs: Mapping[str, Measured], repeats: int) -> dict[str, dict[str,
 
 def _timed(measured: Measured) -> dict[str, float]:
     device = measured.subject.inputs.device
-    clock = [_now(device)]
+    measured.model.eval()
+    start = _now(device)
     measured.forward()
-    clock.append(_now(device))
-    if measured.optimizer is None:
-        return {"forward_ms": 1e3 * (clock[1] - clock[0])}
-    measured.step(lambda: clock.append(_now(device)))
-    clock.append(_now(device))
-    start, forward, both, step = clock
-    ends = {"forward_ms": forward - start, "both_ms": both - forward, "step_ms": step - forward}
-    return {what: 1e3 * seconds for what, seconds in ends.items()}
+    times = {"forward_ms": _now(device) - start}
+    if measured.optimizer is not None:
+        measured.model.train()
+        clock = [_now(device)]
+        measured.step(lambda: clock.append(_now(device)))
+        times |= {"both_ms": clock[1] - clock[0], "step_ms": _now(device) - clock[0]}
+    return {what: 1e3 * seconds for what, seconds in times.items()}
 
 
 def _now(device: torch.device) -> float:
@@ -92,6 +90,7 @@ def memory(measured: Measured, *, hooks: bool = True) -> dict[str, int | None]:
     """
     if measured.optimizer is None:
         return {"saved_bytes": None, "optimizer_bytes": None, "peak_bytes": None}
+    measured.model.train()
     states = measured.optimizer.state.values()
     state = [value for entries in states for value in entries.values() if isinstance(value, Tensor)]
     resting = [*measured.model.parameters(), *measured.model.buffers(), *state, measured.subject.inputs]
@@ -110,7 +109,7 @@ def _saved_bytes(measured: Measured) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = measured.subject.run(measured.model.train())
+        out = measured.subject.run(measured.model)
     del out
     for parameter in measured.model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
@@ -142,6 +141,7 @@ def _most_allocated(step: Callable[[], object], device: torch.device) -> int:
 
 def forward_flops(measured: Measured) -> int:
     """Of one forward pass, by torch's counter."""
+    measured.model.eval()
     with FlopCounterMode(display=False) as counter:
         measured.forward()
     return counter.get_total_flops()

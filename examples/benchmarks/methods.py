@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.benchmarks.cases import Case
-from examples.benchmarks.vec_parallel import keep_blocks, replace_layers
+from examples.benchmarks.vec_parallel import replace_layers
 from kron_hf import KronConfig, KronLinear, fold_for_inference, get_kron_model
 from kron_hf.ops.backend import BACKENDS, forced
 from kron_hf.targets import find_targets
@@ -60,8 +60,19 @@ def _kron(model: nn.Module, case: Case, modules: list[str] | None) -> nn.Module:
     if case.sparsity:
         for layer in model.modules():
             if isinstance(layer, KronLinear):
-                keep_blocks(layer, case.sparsity)
+                _prune(layer, case.sparsity)
     return model
+
+
+def _prune(layer: KronLinear, sparsity: float) -> None:
+    """Makes that share of blocks zero for good, half of them in empty rows: as where rows were pruned as groups."""
+    dead = torch.zeros(layer.s.shape, dtype=torch.bool, device=layer.s.device)
+    rows = round(layer.out_blocks * sparsity / 2)
+    dead[:rows] = True
+    rest = dead.flatten()[rows * layer.in_blocks :]
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
+    rest[order[: round(sparsity * dead.numel()) - rows * layer.in_blocks].to(rest.device)] = True
+    layer.freeze_mask(dead)
 
 
 def _folded(model: nn.Module, case: Case, modules: list[str] | None) -> nn.Module:

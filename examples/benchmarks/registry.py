@@ -2,12 +2,12 @@
 
 from itertools import product
 
-from examples.benchmarks.cases import Case
+from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.methods import METHODS, PATHS
 
-__all__ = ["LIMITS", "SUITES", "WORST"]
+__all__ = ["CHOICES", "GRID", "LIMITS", "SUITES", "WORST", "limit"]
 
-WORST = 1.10  # of dense's time, at the 95th percentile of the grid; cases above are measured again
+WORST = 1.10  # of dense's time, at the 95th percentile of the grid
 
 
 def _layer(
@@ -25,7 +25,7 @@ def _model(name: str, method: str, block: int = 16, rank: int = 2) -> Case:
 
 SQUARE, WIDE, NARROW = (768, 768), (768, 3072), (3072, 768)
 
-# Forward + backward of a float32 layer on two cores, and a training step of a model at 8 images, over dense.
+# Forward + backward of a layer, and a training step of a model, over dense: see `limit` for where they hold.
 LIMITS: dict[Case, float] = {
     _layer(SQUARE, "kron", 16, 1): 0.32,
     _layer(SQUARE, "kron", 16, 2): 0.45,
@@ -49,8 +49,8 @@ GRID = [
 WAYS = ("kron", *(f"kron-{name}" for name in PATHS))
 CHOICES = [
     _layer(features, method, block, rank)
-    for features in ((192, 192), (384, 384), SQUARE, WIDE, NARROW)
-    for block, rank in product((4, 8, 16, 32, 64), (1, 2, 4, 8))
+    for several, blocks in ((((192, 192), (384, 384), SQUARE), (4, 8, 16, 32, 64)), ((WIDE, NARROW), (16,)))
+    for features, block, rank in product(several, blocks, (1, 2, 4, 8))
     for method in WAYS
 ]
 RIVALS = ("dense-compiled", "kron", "kron-compiled", "vec-parallel", "lora", "lokr")
@@ -69,6 +69,13 @@ LAYERS += [
 ]
 MODELS = [_model(name, method) for name in ("vit-s/16", "vit-b/16", "swin-t") for method in RIVALS + WAYS[1:]]
 MODELS += [_model("vit-s/16", "kron", block, rank) for block, rank in ((16, 1), (16, 4), (8, 1), (8, 2), (32, 1))]
+# For calls of few tokens: --threads 1 --tokens 1, 16, 197.
+FEW = [
+    _layer(features, method, block, rank)
+    for features in ((192, 192), (384, 384), SQUARE, WIDE)
+    for block, rank in ((16, 1), (16, 2), (8, 1))
+    for method in ("kron", "kron-folded")
+]
 # The setting in which the authors of the method measured: --tokens 20000.
 AUTHORS = [_layer((1024, 1024), method, 8, rank) for rank in (1, 2, 4) for method in ("kron", "vec-parallel")]
 TINY = [_layer((32, 64), method, 4) for method in METHODS if "compiled" not in method]
@@ -79,7 +86,15 @@ SUITES: dict[str, list[Case]] = {
     "grid": GRID,
     "paths": CHOICES,
     "layers": list(dict.fromkeys(LAYERS)),
+    "few": FEW,
     "authors": AUTHORS,
     "models": list(dict.fromkeys(MODELS)),
     "tiny": [case for case in TINY if not (METHODS[case.method].layers_only and case.features is None)],
 }
+
+
+def limit(case: Case, conditions: Conditions) -> float | None:
+    """The share of dense's time that a case may take, for float32 on a CPU, 4,096 tokens and 8 images."""
+    if (conditions.device, conditions.dtype) != ("cpu", "float32"):
+        return None
+    return LIMITS.get(case) if (conditions.tokens, conditions.batch) == (4096, 8) else None

@@ -11,17 +11,17 @@ from pathlib import Path
 from statistics import geometric_mean, quantiles
 from typing import Any
 
-from examples.benchmarks.cases import Case
+from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.methods import METHODS
 from examples.benchmarks.plots import draw_over_sizes, draw_roofline
-from examples.benchmarks.registry import CHOICES, GRID, LIMITS, WORST
+from examples.benchmarks.registry import CHOICES, GRID, LIMITS, WORST, limit
 from examples.benchmarks.run import RESULTS, read_rows
 
 __all__ = ["choice_lines", "grid_line", "main", "table"]
 
 MEAN = 0.95  # of the grid
 NEAR = 1.15  # of the best way
-SHARED = ("machine", "device", "dtype", "threads")
+SHARED = ("machine", "device", "dtype", "threads", "tokens")
 
 Rows = list[dict[str, Any]]
 
@@ -43,9 +43,9 @@ def table(rows: Rows) -> Iterator[str]:
         ratios = [over_dense(row, what) for what in ("forward_ms", "both_ms", "step_ms")]
         bytes_ = [over_dense(row, f"{what}_bytes") for what in ("saved", "peak", "optimizer")]
         images = f"{1e3 * row['batch'] / row['step_ms']:.1f}" if not case.features and row.get("step_ms") else ""
-        limit = LIMITS.get(case)
+        bound = limit(case, Conditions.from_row(row))
         measured = ratios[1] if case.features else ratios[2]
-        note = "" if limit is None else f"limit {limit}" + ("" if measured is None or measured <= limit else ": missed")
+        note = "" if bound is None else f"limit {bound}" + ("" if measured is None or measured <= bound else ": missed")
         cells = [case.place, METHODS[case.method].label, size, *map(_cell, ratios), images, *map(_cell, bytes_)]
         yield f"| {' | '.join([*cells, row.get('error', note)])} |"
 
@@ -94,17 +94,22 @@ def main() -> None:
     options = parser.parse_args()
     rows = read_rows(options.input)
     for shared, own in _grouped(row for row in rows if "roof" not in row):
-        roofs = [row["roof"] for row in rows if "roof" in row and _shared(row) == shared]
-        print(f"\n{', '.join(map(str, shared))} threads; {own[-1]['about']['torch']}, ratios over dense\n")
+        roofs = [row["roof"] for row in rows if "roof" in row and _shared(row)[:4] == shared[:4]]
+        machine, device, dtype, threads, tokens = shared
+        print(f"\n{machine}, {device}, {dtype}, threads: {threads}, tokens of a layer: {tokens}, torch {_torch(own)}\n")
         summed_up = set(CHOICES + GRID) - set(LIMITS)
         lines = table([row for row in own if Case.from_row(row) not in summed_up])
         sys.stdout.writelines(f"{line}\n" for line in lines)
         sys.stdout.writelines(f"{line}\n" for line in (grid_line(own) or "grid: nothing measured", *choice_lines(own)))
         if options.plots:
-            name = "_".join(str(part) for part in shared[1:])
+            name = f"{device}_{dtype}_{threads}_{tokens}"
             draw_over_sizes(own, options.plots / f"speed_{name}.png")
             if roofs:
                 draw_roofline(own, roofs[-1], options.plots / f"roofline_{name}.png")
+
+
+def _torch(rows: Rows) -> str:
+    return ", ".join(sorted({row["about"]["torch"] for row in rows}))
 
 
 def _grouped(rows: Iterable[dict[str, Any]]) -> list[tuple[tuple[Any, ...], Rows]]:

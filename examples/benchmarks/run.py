@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from examples.benchmarks.cases import Case, Conditions, key_of, to_row
 from examples.benchmarks.measuring import Measured, alternate, forward_flops, memory, roof
 from examples.benchmarks.methods import METHODS
-from examples.benchmarks.registry import GRID, LIMITS, SUITES, WORST
+from examples.benchmarks.registry import GRID, SUITES, WORST, limit
 from examples.benchmarks.subjects import build_subject
 from kron_hf.bench.machine import machine
 
@@ -50,13 +50,14 @@ def measure(case: Case, conditions: Conditions, repeats: int) -> dict[str, Any]:
         runs = {"dense_": Measured.of(dense.model, dense, trained=trained)}
         runs[""] = Measured.of(model, own, trained=trained)
         row: dict[str, Any] = to_row(case, conditions)
+        bound = limit(case, conditions) or (WORST if case in GRID else None)
         for attempt in range(1, ATTEMPTS + 1):
             times = alternate(runs, repeats)
             found = {f"{name}{what}": value for name, values in times.items() for what, value in values.items()}
             if attempt == 1 or _ratio(found, case) < _ratio(row, case):
                 row |= found
             row["attempts"] = attempt
-            if (case not in LIMITS and case not in GRID) or _ratio(row, case) <= LIMITS.get(case, WORST):
+            if bound is None or _ratio(row, case) <= bound:
                 break
         for name, measured in runs.items():
             row |= {f"{name}{what}": value for what, value in memory(measured, hooks=not method.compiled).items()}
@@ -102,7 +103,7 @@ def complete(cases: Sequence[Case], conditions: Conditions, repeats: int, path: 
 
 
 def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return key_of(Case.from_row(row), Conditions(**{name: row[name] for name in Conditions.__dataclass_fields__}))
+    return key_of(Case.from_row(row), Conditions.from_row(row))
 
 
 def _same_machine(row: dict[str, Any], conditions: Conditions) -> bool:
@@ -147,12 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = []
     for row in rows:
         case = Case.from_row(row)
-        limit = LIMITS.get(case)
+        bound = limit(case, conditions)
         if "error" in row:
             print(f"{case.place}, {case.method}: {row['error']}", file=sys.stderr)
-        elif limit is not None and _ratio(row, case) > limit:
+        elif bound is not None and _ratio(row, case) > bound:
             missed.append(
-                f"{case.place}, blocks {case.block_size}, rank {case.rank}: {_ratio(row, case):.2f} > {limit}"
+                f"{case.place}, blocks {case.block_size}, rank {case.rank}: {_ratio(row, case):.2f} > {bound}"
             )
     print(f"{len(rows)} cases in {options.output}; limits missed: {'; '.join(missed) or 'none'}")
     return int(bool(missed))

@@ -4,12 +4,11 @@ All products with B_i at once, Z written out and permuted so that those with M_i
 permuted back. Autograd keeps the permuted Z for backward.
 """
 
-import torch
 from torch import Tensor, nn
 
 from kron_hf import KronLinear
 
-__all__ = ["VecParallel"]
+__all__ = ["VecParallel", "replace_layers"]
 
 
 class VecParallel(nn.Module):
@@ -35,17 +34,3 @@ def replace_layers(model: nn.Module) -> nn.Module:
         if isinstance(layer, KronLinear):
             model.set_submodule(name, VecParallel(layer))
     return model
-
-
-def keep_blocks(layer: KronLinear, sparsity: float) -> None:
-    """Makes that share of blocks zero, whole block rows and columns among them as far as they go, and freezes it.
-
-    Half of the zeros lie in empty block rows: so it is where rows and columns were pruned as groups.
-    """
-    dead = torch.zeros(layer.s.shape, dtype=torch.bool, device=layer.s.device)
-    rows = round(layer.out_blocks * sparsity / 2)
-    dead[:rows] = True
-    rest = dead.flatten()[rows * layer.in_blocks :]
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-    rest[order[: round(sparsity * dead.numel()) - rows * layer.in_blocks].to(rest.device)] = True
-    layer.freeze_mask(dead)

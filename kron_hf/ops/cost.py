@@ -141,7 +141,7 @@ def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | No
     Where path is None, `input_path` is the way to the gradient of x, a product with W^T.
     """
     if path is None:
-        reduced = _once(shape, _costs(shape).weight_gradient, _product(shape, 4))
+        reduced = _once(shape, _costs(shape).weight_gradient, _costs(shape).calls(4, shape.threads))
         return dense_cost(shape) + reduced + forward_cost(shape.transposed, input_path)
     with_b, with_m = _multiply_adds(shape, path)
     products = 3 * with_b + 2 * with_m
@@ -227,6 +227,7 @@ def _rates(shape: Shape, path: Factored) -> Rates:
 
 
 def _product(shape: Shape, calls: float) -> float:
+    """A call of the operator, with those of torch that it makes."""
     return _costs(shape).product(calls, shape.threads)
 
 

@@ -15,6 +15,8 @@ from kron_hf.ops import paths
 
 __all__ = ["kron_linear"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _library = Library("kron_hf", "DEF")
 _library.define("kron_linear(Tensor x, Tensor? s, Tensor a, Tensor b, Tensor? bias) -> Tensor")
 _library.define(
@@ -90,7 +92,7 @@ def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor 
 
     Raises:
         ValueError: Shapes that do not fit together, or different devices.
-        TypeError: Different or not floating point dtypes.
+        TypeError: Different dtypes, or one that is not floating point of 16 to 64 bits.
     """
     device_type = x.device.type
     if paths.autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
@@ -105,7 +107,7 @@ def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor 
 def _check(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
     """Raises unless shapes and dtypes fit together."""
     dtype, device = x.dtype, x.device
-    if not dtype.is_floating_point:
+    if dtype not in _DTYPES:
         raise _mixture(x, s, a, b, bias)
     for tensor in (s, a, b, bias):
         # A tensor on meta would give values nobody computed.
@@ -134,8 +136,10 @@ def _mixture(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | N
     """The error for dtypes or devices that do not fit."""
     named = {"x": x, "s": s, "a": a, "b": b, "bias": bias}
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    if not x.dtype.is_floating_point or any(tensor.dtype != x.dtype for tensor in given.values()):
+    if x.dtype not in _DTYPES or any(tensor.dtype != x.dtype for tensor in given.values()):
         dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
-        return TypeError(f"kron_linear: all tensors must have the same floating point dtype, got {dtypes}")
+        return TypeError(
+            f"kron_linear: all tensors must have the same floating point dtype of 16 to 64 bits, got {dtypes}"
+        )
     devices = ", ".join(f"{name} {tensor.device}" for name, tensor in given.items())
     return ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {devices}")
