@@ -154,14 +154,6 @@ def test_erk_quotas(grids, entries, required, expected):
     assert counts == expected
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "erk"])
-def test_rigl_refuses_a_target_that_would_empty_a_layer(distribution):
-    layers = tiny_layers(TinyDense())
-    wanted = "target_sparsity=0.97 needs 1077 of 1110 entries .* 3 layers at most 1071 can be"
-    with pytest.raises(ValueError, match=wanted):
-        BlockRigL(layers, target_sparsity=0.97, total_steps=STEPS, distribution=distribution, interval=5)
-
-
 def test_rigl_grows_at_zero_where_the_gradient_is_largest():
     linear = linear_of([1.0, 2.0, 3.0, 4.0], 2 * (2,))
     pruner = BlockRigL(

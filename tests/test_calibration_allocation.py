@@ -110,6 +110,18 @@ def test_options_off_the_convex_hull_fill_a_budget():
     assert [allocate([layer], target_params=share)["layer"].rank for share in (0.3, 0.9, 1.0)] == [1, 2, None]
 
 
+def test_nothing_is_spent_without_a_gain():
+    menu = [Option((1, 1), rank, cost, cost) for rank, cost in ((1, 10), (2, 20))] + [Option(None, None, 100, 100)]
+    assert allocate([LayerChoices("layer", menu, [0.5, 0.5, 0.0])], target_params=0.5)["layer"].rank == 1
+
+
+def test_of_options_alike_in_error_and_mixture_the_one_that_the_budget_favours_is_offered():
+    menu = [Option((1, 1), 1, 20, 10), Option((1, 1), 2, 10, 20), Option(None, None, 100, 100)]
+    layer = LayerChoices("layer", menu, [0.5, 0.5, 0.0])
+    assert allocate([layer], target_params=0.15, flops_weight=1.0)["layer"].rank == 2
+    assert allocate([layer], target_flops=0.15, flops_weight=1.0)["layer"].rank == 1
+
+
 def test_a_large_step_leaves_its_place_to_two_small_ones():
     def layer(name: str, cost: int, gain: float) -> LayerChoices:
         return LayerChoices(name, [Option((1, 1), 1, 1, 1), Option(None, None, 1 + cost, 1)], [gain, 0.0])
@@ -248,6 +260,12 @@ def test_max_error_takes_the_fewest_parameters_that_are_close_enough():
     assert ranks == [1, 2, 3, 3, None]
     assert allocate([layer], max_error=0.5, flops_weight=0.1)["layer"].rank == 2
     assert allocate([layer], max_error=0.5, flops_weight=1.0)["layer"].rank == 3
+
+
+def test_the_mixture_adds_shares_of_what_all_dense_layers_cost():
+    menu = [Option((1, 1), 1, 10, 500), Option((1, 1), 2, 40, 100), Option(None, None, 100, 1000)]
+    layer = LayerChoices("layer", menu, [0.25, 0.25, 0.0])  # .1 + .5 w or .4 + .1 w
+    assert [allocate([layer], max_error=0.5, flops_weight=weight)["layer"].rank for weight in (0.7, 0.8)] == [1, 2]
 
 
 MENU = [Option((1, 1), 1, 10, 10), Option(None, None, 100, 100)]

@@ -2,11 +2,16 @@ import pytest
 import torch
 from calibration_rows import correlated_rows, covariances_of
 
-from kron_hf.calibration.block_pruning import block_saliency, prune_blocks, prune_gradually, prune_layers, refit
+from kron_hf.calibration.block_pruning import block_saliency, prune_gradually, prune_layers, refit
 from kron_hf.calibration.fit import fit_factors, output_error
 from kron_hf.factors import kron_weight
 
 OUT, IN, BLOCK = 12, 24, (3, 4)
+
+
+def prune_blocks(saliency, target_sparsity):
+    """Of one layer."""
+    return prune_layers([saliency], [1], target_sparsity)[0]
 
 
 @pytest.fixture

@@ -106,18 +106,6 @@ def test_the_order_of_the_batches_does_not_matter():
     assert_moments(forward.result(), {n: getattr(backward.result(), n) for n in ("mean_x", "c", "g", "v")})
 
 
-def test_merged_is_the_moments_of_both_data_sets():
-    x, y = data()
-    weights = torch.rand(60).double()
-    parts = [accumulated(x[part], y[part], weights[part]) for part in (slice(0, 17), slice(17, 60))]
-    empty = Moments(7, 5)
-    for both in (parts[0].merged(parts[1]), empty.merged(parts[1]).merged(parts[0]), parts[1].merged(parts[0])):
-        assert_moments(both.result(), naive(x, y, weights), rtol=1e-11, atol=1e-11)
-        assert both.result().rows == 60
-    with pytest.raises(ValueError, match=r"equal in and out features merge, got \(7, 5\) and \(7, 4\)"):
-        parts[0].merged(Moments(7, 4))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_what_is_constant_has_no_variance_at_all(dtype):
     x, y = data(dtype=dtype)

@@ -8,6 +8,7 @@ from transformers import ViTMAEConfig, ViTMAEModel
 
 from kron_hf import KronConfig
 from kron_hf.calibration.batches import Batches
+from kron_hf.calibration.decoder import decoder_stages
 from kron_hf.calibration.passes import hooked, run, skipped, swapped
 from kron_hf.calibration.readout import reads_first_token_alone, token_count
 from kron_hf.calibration.route import find_route
@@ -35,6 +36,21 @@ def test_layers_are_visited_in_order_and_those_with_one_input_together(name):
         assert [block.name for block in route.blocks] == [
             *("swin.encoder.layers.0.blocks.0", "swin.encoder.layers.0.blocks.1", "swin.encoder.layers.1.blocks.0"),
         ]
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_layers_that_read_the_decoders_tokens_are_found(length):
+    model, batch = tiny.t5(), tiny.translations((9, 9), count=2)
+    start = model.prepare_decoder_input_ids_from_labels(labels=batch.pop("labels"))[:, :length]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    batch |= {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
+    route = find_route(model, names, batch)
+    expected = {stage[0] for block in route.blocks for stage in block.stages if block.name.startswith("decoder")}
+    expected.remove("decoder.block.0.layer.1.EncDecAttention.k")  # with v, of the encoder's tokens
+    assert decoder_stages(model, route, batch) == expected
+    assert len(expected) == 6
+    del batch["decoder_input_ids"]
+    assert decoder_stages(model, route, batch) == set()
 
 
 def test_a_layer_that_is_never_used_is_named():

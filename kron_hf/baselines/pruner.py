@@ -24,7 +24,7 @@ from kron_hf.sharding import local, shard_of
 from kron_hf.sparsity.masks import pack_mask, unpack_mask
 from kron_hf.sparsity.optimizer_state import clear_state, overflowed, raw_optimizer
 from kron_hf.sparsity.options import SparsityOptions
-from kron_hf.sparsity.pruning import choose_blocks, required_entries
+from kron_hf.sparsity.pruning import check_reachable, choose_blocks
 
 __all__ = ["BlockPruner"]
 
@@ -276,14 +276,7 @@ class BlockPruner:
 
     def _check_possible(self) -> None:
         total = sum(layer.linear.weight.numel() for layer in self._layers)
-        most = total - sum(self._entries())
-        required = required_entries(self.target_sparsity, total)
-        if required > most:
-            raise ValueError(
-                f"target_sparsity={self.target_sparsity} needs {required} of {total} entries in zero blocks, but with "
-                f"one block kept in each of the {len(self._layers)} layers at most {most} can be (sparsity "
-                f"{most / total:.4f})"
-            )
+        check_reachable(self.target_sparsity, total, sum(self._entries()), len(self._layers))
 
     def _check_state(self, state: object) -> None:
         """Says what is wrong with a state that was read from a damaged file."""

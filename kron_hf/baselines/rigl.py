@@ -12,7 +12,7 @@ from kron_hf.baselines.block_layer import Layers, block_rms, gather_weights
 from kron_hf.baselines.options import Checks, checked_choice, checked_number, schedule
 from kron_hf.baselines.pruner import BlockPruner
 from kron_hf.sharding import gather
-from kron_hf.sparsity.pruning import check_reachable, layer_quotas, required_entries
+from kron_hf.sparsity.pruning import layer_quotas, required_entries
 
 __all__ = ["DISTRIBUTIONS", "BlockRigL", "cosine_share", "erk_quotas"]
 
@@ -76,9 +76,7 @@ class BlockRigL(BlockPruner):
     @torch.no_grad()
     def _first_masks(self) -> list[Tensor]:
         grids, entries = [layer.grid for layer in self._layers], self._entries()
-        total = sum(layer.linear.weight.numel() for layer in self._layers)
-        check_reachable(self.target_sparsity, total, sum(entries), len(grids))
-        required = required_entries(self.target_sparsity, total)
+        required = required_entries(self.target_sparsity, sum(layer.linear.weight.numel() for layer in self._layers))
         if self.distribution == "erk":
             quotas = erk_quotas(grids, entries, required)
         else:

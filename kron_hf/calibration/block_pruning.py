@@ -15,7 +15,7 @@ from kron_hf.calibration.fit import Factors, dense, error_scale, fit_factors
 from kron_hf.calibration.moments import Covariances
 from kron_hf.sparsity.pruning import SCOPES, choose_blocks, cubic_sparsity
 
-__all__ = ["block_saliency", "prune_blocks", "prune_gradually", "prune_layers", "refit"]
+__all__ = ["block_saliency", "prune_gradually", "prune_layers", "refit"]
 
 
 def block_saliency(
@@ -46,11 +46,6 @@ def block_saliency(
         added = added * output_weights.to(added).view(out_blocks, block_out, 1)
     total = error_scale(covariances, output_weights)
     return added.sum(1).clamp_min(0) / (total if total > 0 else 1.0)
-
-
-def prune_blocks(saliency: Tensor, target_sparsity: float) -> Tensor:
-    """The blocks of one layer that stay, bool `[O, I]`: all but the least salient (`prune_layers`)."""
-    return prune_layers([saliency], [1], target_sparsity)[0]
 
 
 def prune_layers(

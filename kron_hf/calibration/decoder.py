@@ -25,17 +25,24 @@ def decoder_stages(model: nn.Module, route: Route, batch: Batch) -> set[str]:
         route: Where its linears are.
         batch: A few examples are enough; without inputs of the decoder nothing is found.
     """
-    given = [name for name in (*DECODER_INPUTS, DECODER_MASK) if isinstance(batch.get(name), Tensor)]
-    if not given:
+    tokens = next((batch[name] for name in DECODER_INPUTS if name in batch), None)
+    if tokens is None:
         return set()
     names = [stage[0] for block in route.blocks for stage in block.stages]
-    rows = _rows(model, names, batch)
-    other = _rows(model, names, {**batch, **{name: _of_other_length(batch[name]) for name in given}})
-    return {name for name in names if rows[name] != other[name]}
+    rows, others = (_rows(model, names, each) for each in (batch, batch | _of_other_length(batch, tokens)))
+    return {name for name in names if rows[name] != others[name]}
 
 
-def _of_other_length(tokens: Tensor) -> Tensor:
-    return tokens[:, :-1] if tokens.shape[1] > 1 else torch.cat((tokens, tokens), 1)
+def _of_other_length(batch: Batch, tokens: Tensor) -> Batch:
+    """One token less; one more where there is but one."""
+    own = {
+        name: value
+        for name, value in batch.items()
+        if name.startswith("decoder_") and isinstance(value, Tensor) and value.shape[:2] == tokens.shape[:2]
+    }
+    if tokens.shape[1] > 1:
+        return {name: value[:, :-1] for name, value in own.items()}
+    return {name: torch.cat((value, value), 1) for name, value in own.items()}
 
 
 def _rows(model: nn.Module, names: list[str], batch: Batch) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kron_hf.calibration.batches import Batch, example_count, few_examples
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.calibration.passes import Finish, hooked, run
-from kron_hf.calibration.route import Block, Route
+from kron_hf.calibration.route import Block, Route, linear_of
 from kron_hf.calibration.sides import Side, beginning
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
 from kron_hf.evaluation_mode import evaluation
@@ -62,8 +62,7 @@ def walk_dense(
         for stage in block.stages:
             fitting, held = (part.result() for part in moments.pop(stage[0]))
             for name in stage:
-                linear = model.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
+                linear = linear_of(model, name)
                 weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
                 yield Inputs(name, linear, fitting.linear(weight, bias), held.linear(weight, bias))
         with evaluation(model):
@@ -82,8 +81,7 @@ def _collect(
     result: dict[str, tuple[Moments, Moments]] = {}
     seen = 0
     for stage in block.stages:
-        linear = model.get_submodule(stage[0])
-        assert isinstance(linear, nn.Linear)
+        linear = linear_of(model, stage[0])
         result[stage[0]] = (_moments(linear), _moments(linear))
     last = None if repeated else block.stages[-1][0]  # called again, later
     for index, batch in enumerate(side.batches):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kron_hf.calibration.batches import Batch, example_count, real_tokens, split_examples
 from kron_hf.calibration.decoder import DECODER_MASK
 from kron_hf.calibration.passes import Finish, all_tensors, hooked, run
+from kron_hf.calibration.route import linear_of
 
 __all__ = ["OutputGradients", "output_gradients"]
 
@@ -208,9 +209,9 @@ def _mean(
     model: nn.Module, name: str, sums: dict[int, _Sums], variances: dict[int, float], examples: int
 ) -> OutputGradients:
     if not sums:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return OutputGradients(torch.zeros(linear.out_features, dtype=torch.float64, device="cpu"), None, None)
+        return OutputGradients(
+            torch.zeros(linear_of(model, name).out_features, dtype=torch.float64, device="cpu"), None, None
+        )
     index = min(sums)
     own, variance = sums[index], variances[index] or 1.0
     assert own.outputs is not None

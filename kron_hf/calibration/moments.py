@@ -166,21 +166,6 @@ class Moments:
         self.weight += total
         self.rows += rows
 
-    def merged(self, other: "Moments") -> "Moments":
-        """The moments of both data sets together."""
-        sizes = [(len(each.mean_x), len(each.mean_y)) for each in (self, other)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"only moments of equal in and out features merge, got {sizes[0]} and {sizes[1]}")
-        both = Moments(*sizes[0], device=self.device)
-        for each in (self, other):
-            if each.weight:
-                means = each.mean_x.to(self.device), each.mean_y.to(self.device)
-                both._merge(each.weight, each.rows, *means, both._c[:0], both._g.T[:0])
-                both._c += each._c.to(self.device)
-                both._g += each._g.to(self.device)
-                both._v += each._v.to(self.device)
-        return both
-
     def result(self) -> Covariances:
         """The covariances of the rows so far; later updates do not change them.
 

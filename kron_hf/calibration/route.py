@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kron_hf.calibration.batches import Batch
 from kron_hf.calibration.passes import hooked, run
 
-__all__ = ["Block", "Route", "find_route"]
+__all__ = ["Block", "Route", "find_route", "linear_of"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,13 @@ def find_route(model: nn.Module, names: Sequence[str], batch: Batch) -> Route:
             "calibration_data, so it cannot be fitted; name it in exclude_modules, or give inputs that reach it"
         )
     return _route(model, order, calls)
+
+
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """A linear of a route."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _route(model: nn.Module, order: list[str], calls: list[tuple[str, bool]]) -> Route:

@@ -14,7 +14,7 @@ from kron_hf.calibration.batches import Batch, Batches, few_examples
 from kron_hf.calibration.dense_targets import DenseTargets, keeping
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.calibration.passes import hooked, run
-from kron_hf.calibration.route import Block, Route
+from kron_hf.calibration.route import Block, Route, linear_of
 from kron_hf.calibration.sides import Side, beginning
 from kron_hf.calibration.streams import Stream, watched
 from kron_hf.calibration.token_weights import TokenWeights, no_weights
@@ -117,7 +117,7 @@ class _Walk:
         self.converted = Side(self.model, self.batches, self.layers, begin)
 
     def fit(self, stage: tuple[str, ...]) -> None:
-        linears = {name: self._linear(name) for name in stage}
+        linears = {name: linear_of(self.model, name) for name in stage}
         stream = self.streams.get(stage[0])
         moments, weigh = _moments_of(linears), self.token_weights.get(stage[0], no_weights)
         for index, batch in enumerate(self.batches):
@@ -139,11 +139,6 @@ class _Walk:
         self.dense.leave(block)
         self.converted.finish(block.name)
 
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
-
     def _calls(
         self, index: int, batch: Batch, stage: tuple[str, ...], stream: Stream | None
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -158,7 +153,7 @@ class _Walk:
     def _repeated(self, index: int, batch: Batch, name: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
-        linear = self._linear(name)
+        linear = linear_of(self.model, name)
         with self.dense.side.at(index), hooked(after={linear: lambda y: outputs.append(y.clone())}):
             run(self.model, batch)
         with self.converted.at(index), hooked(before={linear: lambda x: inputs.append(x.clone())}):
@@ -170,7 +165,7 @@ class _Walk:
 
     def _input(self, index: int, batch: Batch, name: str) -> Tensor:
         inputs: dict[str, Tensor] = {}
-        with self.converted.at(index), hooked(before={self._linear(name): keeping(inputs, name, name)}):
+        with self.converted.at(index), hooked(before={linear_of(self.model, name): keeping(inputs, name, name)}):
             run(self.model, batch)
         return inputs[name]
 
@@ -178,7 +173,7 @@ class _Walk:
         """The linear's own output in the converted model, and what the stream lacks there, in the linear's units."""
         (wanted,) = self.dense.wanted(index, batch, (name,))
         kept: dict[str, Tensor] = {}
-        linear = self._linear(name)
+        linear = linear_of(self.model, name)
         with (
             self.converted.at(index),
             hooked(before={linear: keeping(kept, "x")}, after={linear: keeping(kept, "y")}),

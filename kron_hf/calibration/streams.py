@@ -22,6 +22,7 @@ __all__ = ["Stream", "find_streams", "watched"]
 # Squares of relative errors that may be rounding: of a change, and of the stream itself, by dtype.
 ROUNDING = {torch.float64: (1e-12, 1e-6), torch.float32: (1e-6, 1e-6)}
 COARSE = (3e-3, 1e-4)  # bfloat16 and float16
+LACKING = 4.0  # times; smaller factors are not worth a second pass
 Place = tuple[str, int | None]
 
 
@@ -84,11 +85,14 @@ def find_streams(model: nn.Module, route: Route, batch: Batch) -> dict[str, Stre
 
 def _find(model: nn.Module, block: str, name: str, batch: Batch) -> Stream | None:
     output, places = _observe(model, block, name, batch, None)
-    spread = output[output.isfinite()].float().std().clamp_min(1e-6).to(output)
+    finite = output[output.isfinite().all(-1)]  # padding may be anything
+    if not len(finite):
+        return None
+    spread = finite.float().std(correction=0).clamp_min(1e-6).to(output)
     noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output) * spread
     probes = [_Probe(output, noise, _observe(model, block, name, batch, noise)[1])]
     # A stream that is large beside what is written to it rounds small changes away; large ones it shows.
-    if (factor := probes[0].lacking(places)) > 1:
+    if (factor := probes[0].lacking(places)) > LACKING:
         noise = noise * factor
         probes.append(_Probe(output, noise, _observe(model, block, name, batch, noise)[1]))
     for place, before in places.items():
@@ -103,7 +107,7 @@ class _Probe:
 
     def __init__(self, output: Tensor, noise: Tensor, moved: dict[Place, Tensor]) -> None:
         self.moved, self.largest = moved, torch.finfo(output.dtype).max
-        self.finite = output.isfinite().all(-1).flatten()  # padding may be anything
+        self.finite = output.isfinite().all(-1).flatten()
         self.output = self._rows(output)
         self.noise = self._rows(output + noise) - self.output  # as it was rounded
 
@@ -111,7 +115,7 @@ class _Probe:
         """How much larger the noise should be, for the change at every place to be as large as what is there."""
         changes = [(self._rows(before), self._change(place, before)) for place, before in places.items()]
         factors = [float(before.norm() / change.norm()) for before, change in changes if change is not None]
-        limit = self.largest / 2**8 / float(self.noise.abs().max())
+        limit = self.largest / 2**8 / max(float(self.noise.abs().max()), torch.finfo(torch.float32).tiny)
         return min(max((each for each in factors if math.isfinite(each)), default=1.0), limit)
 
     def scale_at(self, place: Place, before: Tensor) -> Tensor | None:
