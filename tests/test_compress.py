@@ -22,13 +22,14 @@ from transformers import (
 from kron_hf import KronConfig, KronLinear, get_kron_model, kron_summary
 from kron_hf.cli import main
 from kron_hf.command.trainer import CommandTrainer
-from kron_hf.compress import latency, run
+from kron_hf.compress import run
 from kron_hf.compress.arguments import CompressionOptions, HealingOptions
 from kron_hf.compress.comparison import Comparison
 from kron_hf.compress.head import head_of, logistic_regression
 from kron_hf.compress.parser import build_parser, parse_options
 from kron_hf.compress.run import run_compress
 from kron_hf.data.sources import load_splits
+from kron_hf.summary import latency
 
 
 @pytest.fixture(scope="module", autouse=True)

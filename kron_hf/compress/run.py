@@ -106,7 +106,8 @@ class _Compression:
         model = self._heal(model, dense, stages)
         about = "the backbone as it is, with a head fitted to its features" if self.new_head else ""
         comparison = compare(dense, model, self.task, stages, about_dense=about)
-        publish(model, self.task, comparison)
+        settings = self.options.compression.conversion()
+        publish(model, self.task, comparison, base=self.options.dense.model, settings=settings)
         self.record.finish(comparison.to_dict())
         self.stages.remove()
         self.write(f"\n{comparison}")

@@ -13,7 +13,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from kron_hf.demo.evaluation import evaluate_in_fresh_process
-from kron_hf.demo.images import ImageData, load_image_data
+from kron_hf.demo.images import ImageData, image_processor, load_image_data
 from kron_hf.demo.quiet import quiet_transformers
 from kron_hf.demo.report import comparison_table, draw_masks, named_masks, save_mask_picture
 from kron_hf.demo.training import Recipe, Trained, search
@@ -63,6 +63,7 @@ def run_demo(
         directories = [output_dir / "dense", output_dir]
         for run, directory in zip((dense, kronecker), directories, strict=True):
             run[0].model.save_pretrained(directory)
+            image_processor(data).save_pretrained(directory)
         write("Loading both in a fresh process ...")
         results = evaluate_in_fresh_process(directories)
         metrics = _metrics(recipe, data, dense, kronecker, results, directories) | {"seed": seed}
@@ -174,12 +175,17 @@ def _searched(runs: list[Trained]) -> list[dict[str, float]]:
 
 def _write_reports(output_dir: Path, kronecker: Trained, metrics: dict[str, Any]) -> None:
     save_mask_picture(kronecker.model, output_dir / "masks.png")
-    figures = {"accuracy": metrics["eval_accuracy"], "sparsity": metrics["sparsity"]}
+    settings = {
+        key: metrics[key] for key in ("block_size", "rank", "target_sparsity", "learning_rate", "steps", "seed")
+    }
     write_model_card(
         kronecker.model,
         output_dir,
-        dataset="scikit-learn digits",
-        metrics=figures,
+        dataset="digits",
+        split="test",
+        metrics={"accuracy": metrics["eval_accuracy"]},
+        training=settings,
+        history=kronecker.history,
         overwrite=True,
     )
     _write_metrics(output_dir, metrics)
