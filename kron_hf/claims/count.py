@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kron_hf.escaping import shown
 from kron_hf.factors import to_blocks
@@ -28,7 +28,7 @@ class LayerZeros(NamedTuple):
 
     Attributes:
         claimed: Those that the mask says are zero.
-        exact: Those whose entries in W are all exactly zero.
+        exact: Those of them whose entries in W are all exactly zero.
     """
 
     claimed: int
@@ -97,7 +97,7 @@ def set_frozen(model: nn.Module, names: Iterable[str]) -> None:
 def zeros_of(model: nn.Module) -> dict[str, LayerZeros]:
     """Compares mask and weight of every Kronecker layer: S may be zero, and W not, where a factor is infinite."""
     return {
-        name: LayerZeros(int((~layer.block_mask).sum()), _zero_blocks(layer.dense_weight(), layer.block_size))
+        name: LayerZeros(int((~layer.block_mask).sum()), _exact_zeros(layer))
         for name, layer in converted_layers(model).items()
         if isinstance(layer, KronLinear)
     }
@@ -120,8 +120,9 @@ def merge_difference(model: nn.Module) -> float:
     return worst.item()
 
 
-def _zero_blocks(weight: Tensor, block_size: tuple[int, int]) -> int:
-    return int((to_blocks(weight, block_size) == 0).all(1).sum())
+def _exact_zeros(layer: KronLinear) -> int:
+    blocks = to_blocks(layer.dense_weight(), layer.block_size)
+    return int((blocks[~layer.block_mask.flatten()] == 0).all(1).sum())
 
 
 def _plain(value: Any) -> Any:

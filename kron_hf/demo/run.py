@@ -175,16 +175,14 @@ def _searched(runs: list[Trained]) -> list[dict[str, float]]:
 
 def _write_reports(output_dir: Path, kronecker: Trained, metrics: dict[str, Any]) -> None:
     save_mask_picture(kronecker.model, output_dir / "masks.png")
-    settings = {
-        key: metrics[key] for key in ("block_size", "rank", "target_sparsity", "learning_rate", "steps", "seed")
-    }
+    told = ("block_size", "rank", "target_sparsity", "learning_rate", "steps", "seed")
     write_model_card(
         kronecker.model,
         output_dir,
         dataset="digits",
         split="test",
         metrics={"accuracy": metrics["eval_accuracy"]},
-        training=settings,
+        training={key: metrics[key] for key in told},
         history=kronecker.history,
         overwrite=True,
     )

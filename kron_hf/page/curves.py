@@ -23,9 +23,8 @@ def _chart(name: str, points: list[tuple[int, float]]) -> str:
     label = escape(plain(name.replace("_", " ")))
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = _range(values)
-    places = [
-        (_place(step, min(steps), max(steps), LEFT, WIDTH - RIGHT), _height(value, low, high)) for step, value in points
-    ]
+    begin, end = min(steps), max(steps)
+    places = [(_place(step, begin, end, LEFT, WIDTH - RIGHT), _height(value, low, high)) for step, value in points]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places) if len(places) <= DOTS else ""
     ticks = "".join(
@@ -33,13 +32,14 @@ def _chart(name: str, points: list[tuple[int, float]]) -> str:
         for value in (low, high)
     )
     ends = (
-        f'<text x="{LEFT}" y="{HEIGHT - 5}">step {min(steps):,}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{max(steps):,}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 5}">step {begin:,}</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{end:,}</text>'
     )
     frame = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
     return (
         f'<figure class="chart"><figcaption><b>{label}</b> last {values[-1]:.4g}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}, from {values[0]:.4g} to {values[-1]:.4g}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{label}, from {values[0]:.4g} to {values[-1]:.4g}">'
         f'{frame}<polyline class="line" points="{line}"/><g class="dots">{dots}</g>{ticks}{ends}</svg></figure>'
     )
 

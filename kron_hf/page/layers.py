@@ -14,7 +14,7 @@ from kron_hf.page.png import MAX_CELLS, heatmap
 from kron_hf.selection.candidates import converted_layers
 from kron_hf.summary import KronSummary, LayerSummary
 
-__all__ = ["LayerPicture", "draw_layer", "layer_pictures"]
+__all__ = ["LayerPicture", "draw_layer", "layer_pictures", "layer_table"]
 
 STRETCH = 4  # a weight is drawn at most so many times as wide as high, or the reverse
 

@@ -45,7 +45,7 @@ def check_counts(model: nn.Module, claims: Claims) -> tuple[list[Check], KronSum
 
 
 def check_zeros(model: nn.Module) -> Check:
-    """Whether every block that a mask says is zero has nothing but exact zeros in the weight, and no other block."""
+    """Whether every block that a mask says is zero has nothing but exact zeros in the weight."""
     zeros = zeros_of(model)
     wrong = [name for name, blocks in zeros.items() if blocks.claimed != blocks.exact]
     masked, exact = sum(blocks.claimed for blocks in zeros.values()), sum(blocks.exact for blocks in zeros.values())
@@ -80,13 +80,13 @@ def check_card(
 
 def _layers(claimed: list[dict[str, Any]], found: list[dict[str, Any]]) -> Check:
     what = f"figures of {len(found)} layers"
-    for ours, theirs in zip_longest(found, claimed):
-        if ours != theirs:
-            name = (ours or theirs or {}).get("name")
-            keys = sorted({*(ours or {}), *(theirs or {})})
-            key = next((key for key in keys if (ours or {}).get(key) != (theirs or {}).get(key)), "")
-            values = (shown(each.get(key)) if each else "no such layer" for each in (theirs, ours))
-            return Check(f"{what}: {name}, {key}", *values, False)
+    if len(claimed) != len(found):
+        return Check(what, f"{len(claimed)} layers", f"{len(found)} layers", False)
+    for theirs, ours in zip(claimed, found, strict=True):
+        for key in ours | theirs:
+            if key not in theirs or key not in ours or ours[key] != theirs[key]:
+                where = f"{what}: {ours['name']}, {key}"
+                return Check(where, shown(theirs.get(key)), shown(ours.get(key)), False)
     return Check(what, "each", "the same", True)
 
 
@@ -120,7 +120,8 @@ def _metadata(card: str, claims: Claims) -> Check:
     what = "results in the card's metadata"
     claimed = [(metric.metric, metric.value) for metric in claims.metrics]
     try:
-        results = ModelCard(card).data.eval_results or []
+        data: Any = ModelCard(card).data
+        results = data.eval_results or []
     except Exception as error:  # YAML of a stranger: anything may be wrong with it
         return failed(what, one_line(f"{type(error).__name__}: {error}"))
     found = [(result.metric_type, result.metric_value) for result in results]

@@ -1,5 +1,6 @@
 """What became of each claim."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Report:
         return {"holds": self.holds, "checks": [asdict(check) for check in self.checks]}
 
     def __str__(self) -> str:
-        rows = [(plain(c.claim), c.verdict, plain(c.claimed), plain(c.found)) for c in self.checks]
+        rows = [(plain(c.claim), c.verdict, _cell(c.claimed), _cell(c.found)) for c in self.checks]
         counts = {word: sum(row[1] == word for row in rows) for word in ("holds", "FAILS", "not checked")}
         verdict = "every claim that was checked holds" if self.holds else "NOT VERIFIED"
         return (
@@ -73,6 +74,11 @@ def failed(claim: str, error: Exception | str) -> Check:
 def unchecked(claims: Iterable[tuple[str, Any]], why: str) -> list[Check]:
     """Claims that files alone cannot confirm."""
     return [Check(claim, _written(claimed), why, None) for claim, claimed in claims]
+
+
+def _cell(text: str) -> str:
+    """Of a checksum its beginning is enough to read."""
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else plain(text)
 
 
 def _written(value: Any) -> str:

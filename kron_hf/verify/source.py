@@ -1,6 +1,7 @@
 """Where the files to verify are: a folder, or the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -51,7 +52,7 @@ def load_model(directory: Path, claims: Claims | None = None, base: str | None =
     with clean_errors(directory.name):
         if (directory / "adapter_config.json").is_file():
             return _load_adapter(directory, claims, base)
-        config = read_config(str(directory))
+        config: Any = read_config(str(directory))
         method = getattr(config, "quantization_config", None)
         if not isinstance(method, dict) or method.get("quant_method") != "kron":
             raise ValueError("this model has no Kronecker layers (its config.json names none)")
