@@ -110,7 +110,8 @@ def test_what_lies_in_the_output_directory(finished, models):
     output, comparison, _, _ = finished
     assert sorted(path.name for path in output.iterdir()) == [
         *("README.md", "_kron_compress.json", "calibration.json", "calibration.png", "calibration.txt"),
-        *("comparison.json", "config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin"),
+        *("comparison.json", "config.json", "kron_claims.json", "kron_masks.png", "model.safetensors"),
+        *("preprocessor_config.json", "training_args.bin"),
     ]
     assert Comparison.from_dict(json.loads((output / "comparison.json").read_text())) == comparison
     card = (output / "README.md").read_text()
