@@ -21,7 +21,7 @@ from kron_hf.hub import push_to_hub
 from kron_hf.inference import fold_for_inference
 from kron_hf.layers import KronLinear
 from kron_hf.model import get_kron_model
-from kron_hf.model_card import write_model_card
+from kron_hf.model_card import ModelCardCallback, measure_latency, write_model_card
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.prepared import preprocess_kron
 from kron_hf.sparsity import Sparsifier, copy_masks
@@ -42,6 +42,7 @@ __all__ = [
     "KronConv2d",
     "KronLinear",
     "KronTrainer",
+    "ModelCardCallback",
     "Sparsifier",
     "SparsityCallback",
     "block_summary",
@@ -52,6 +53,7 @@ __all__ = [
     "kron_param_groups",
     "kron_summary",
     "last_checkpoint",
+    "measure_latency",
     "model_flops",
     "preprocess_kron",
     "push_to_hub",

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 from kron_hf.sparsity import Sparsifier, SparsityOptions
 from kron_hf.sparsity.pruning import model_sparsity
 
-__all__ = ["SparsityCallback", "StatefulCallback"]
+__all__ = ["SparsityCallback", "StatefulCallback", "sparsity_arguments"]
 
 
 class StatefulCallback(TrainerCallback, ExportableState):
@@ -37,6 +37,12 @@ class StatefulCallback(TrainerCallback, ExportableState):
     def register(self, state: TrainerState) -> None:
         """Trainer fails to save when it resumed from a checkpoint of a run without this callback; call it then."""
         cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+
+
+def sparsity_arguments(state: TrainerState) -> dict[str, Any]:
+    """The arguments of the `SparsityCallback` of a training; {} without one."""
+    saved = cast(dict[str, Any], state.stateful_callbacks or {}).get("SparsityCallback")
+    return dict(saved["args"]) if isinstance(saved, dict) else {}
 
 
 class SparsityCallback(StatefulCallback):

@@ -15,6 +15,10 @@ __all__ = ["main"]
 
 # What the user can cause; anything else is a bug and keeps its traceback.
 USER_ERRORS = (OSError, ValueError)
+DATA_OPTIONS = (
+    *("dataset", "dataset_config", "dataset_revision", "image_column", "label_column"),
+    *("train_split", "validation_split", "test_split", "metric", "metric_options"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"train": _train, "compress": _compress}[words[0]](words[1:])
         else:
             options = _parser().parse_args(words)
-            options.command(options)
+            return options.command(options) or 0
     except USER_ERRORS as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -53,8 +57,33 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
     summary.set_defaults(command=_summary)
+    _add_verify(commands.add_parser("verify", help="count again what the card of a saved model claims"))
+    inspect = commands.add_parser("inspect", help="look at a saved model: masks, sparsity and sizes of its layers")
+    inspect.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
+    inspect.add_argument("--html", required=True, metavar="FILE", help="write one page that needs nothing else")
+    inspect.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    inspect.set_defaults(command=_inspect)
     _add_bench(commands.add_parser("bench", help="how fast the layers of a model are, measured against nn.Linear"))
     return parser
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    add = verify.add_argument
+    add("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
+    add(
+        "--sha256",
+        action="append",
+        default=[],
+        metavar="[FILE=]HEX",
+        help="checksum that a file must have, of the weights if none is named; may be given again",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    add("--base", metavar="DIR_OR_ID", help="base model of an adapter that names none")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    data = verify.add_argument_group("data to measure the metrics on, as for kron-hf train")
+    for name in DATA_OPTIONS:
+        data.add_argument(f"--{name.replace('_', '-')}", metavar="NAME")
+    verify.set_defaults(command=_verify)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -135,6 +164,37 @@ def _summary(options: argparse.Namespace) -> None:
     with quiet_transformers():
         summary = kron_summary(_load(options.model))
     _write(json.dumps(summary.to_dict(), indent=2) if options.json else str(summary))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import json
+
+    from kron_hf.command.options import DataOptions
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.verify.run import verify
+
+    given = {name: getattr(options, name) for name in DATA_OPTIONS if getattr(options, name) is not None}
+    if given and "dataset" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} goes with --dataset")
+    with quiet_transformers():
+        report = verify(
+            options.model,
+            sha256=options.sha256,
+            data=DataOptions(**given) if given else None,
+            base=options.base,
+            revision=options.revision,
+        )
+    _write(json.dumps(report.to_dict(), indent=2) if options.json else str(report))
+    return 0 if report.holds else 1
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.page.run import write_page
+
+    with quiet_transformers():
+        write_page(options.model, Path(options.html), revision=options.revision)
+    _write(f"Wrote {options.html}")
 
 
 def _bench(options: argparse.Namespace) -> None:

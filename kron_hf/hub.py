@@ -15,13 +15,15 @@ from huggingface_hub.utils import httpx
 from peft import PeftModel
 from torch import nn
 
-from kron_hf.model_card import MARKER, base_name, write_model_card
+from kron_hf.claims import CLAIMS_FILE
+from kron_hf.model_card import MARKER, PICTURES, base_name, write_model_card
 
 __all__ = ["push_to_hub"]
 
 # from_pretrained prefers a whole file to shards, so weights of an earlier push must not stay beside the new ones.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)")
+OURS = ("README.md", CLAIMS_FILE, *PICTURES)
 OVERTAKEN = 412
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 PAUSES = (0, 1, 2, 4, 8)  # seconds before each attempt
@@ -34,6 +36,7 @@ def push_to_hub(
     processor: Any = None,
     dataset: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    card: Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: str | None = None,
     commit_message: str = "Upload model",
@@ -54,6 +57,7 @@ def push_to_hub(
         processor: Image processor or tokenizer to save beside the model.
         dataset: Data set that the metrics were measured on; needed with them.
         metrics: Figures of the model by name, such as `{"accuracy": 0.97}`.
+        card: Further arguments of `write_model_card`, such as `{"license": "apache-2.0"}`.
         private: Whether a new repository is private; None is the account's default.
         token: Access token; None is the one logged in with.
         commit_message: Title of the commit.
@@ -80,12 +84,13 @@ def push_to_hub(
             _leave_out_base(folder / "adapter_config.json")
         if processor is not None:
             processor.save_pretrained(folder)
-        card = {"dataset": dataset, "metrics": metrics, "overwrite": True}
+        card = {"dataset": dataset, "metrics": metrics, **(card or {}), "overwrite": True}
         write_model_card(model, folder, name=repo_id, **card)  # what is wrong with it is said before the Hub is asked
 
         def attempt() -> CommitInfo:
             full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            write_model_card(model, folder, name=full_id, **card)
+            if full_id != repo_id:
+                write_model_card(model, folder, name=full_id, **card)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(full_id, branch=revision, exist_ok=True)
             return _commit(api, folder, full_id, revision, create_pr, commit_message)
@@ -112,12 +117,14 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, create
     files = {path.name: path for path in folder.iterdir() if path.is_file()}
     card = _read_card(api, repo_id, info.sha) if "README.md" in present else MARKER
     if MARKER not in card:
-        del files["README.md"]
+        for name in OURS:
+            files.pop(name, None)  # claims are made about a card of ours alone
         if "import kron_hf" not in card:
             warnings.warn(f"{repo_id} keeps its card; say in it that loading needs `import kron_hf`", stacklevel=5)
     # Beside an adapter, loaders would take a model for no more than its base.
     replaced = (WEIGHTS,) if "adapter_config.json" in files else (WEIGHTS, ADAPTER)
     stale = [name for name in present - files.keys() if any(kind.fullmatch(name) for kind in replaced)]
+    stale += [name for name in OURS if name in present - files.keys() and name != "README.md"]
     return api.create_commit(
         repo_id,
         [CommitOperationAdd(name, path) for name, path in sorted(files.items())]

@@ -23,13 +23,14 @@ from kron_hf import KronConfig, KronLinear, get_kron_model, kron_summary
 from kron_hf.cli import main
 from kron_hf.command.options import LayerOptions
 from kron_hf.command.trainer import CommandTrainer
-from kron_hf.compress import latency, run
+from kron_hf.compress import run
 from kron_hf.compress.arguments import CompressionOptions, HealingOptions
 from kron_hf.compress.comparison import Comparison
 from kron_hf.compress.head import head_of, logistic_regression
 from kron_hf.compress.parser import build_parser, parse_options
 from kron_hf.compress.run import run_compress
 from kron_hf.data.sources import load_splits
+from kron_hf.summary import latency
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +130,8 @@ def test_what_lies_in_the_output_directory(finished, models):
     output, comparison, _, _ = finished
     assert sorted(path.name for path in output.iterdir()) == [
         *("README.md", "_kron_compress.json", "calibration.json", "calibration.png", "calibration.txt"),
-        *("comparison.json", "config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin"),
+        *("comparison.json", "config.json", "kron_claims.json", "kron_masks.png", "model.safetensors"),
+        *("preprocessor_config.json", "training_args.bin"),
     ]
     assert Comparison.from_dict(json.loads((output / "comparison.json").read_text())) == comparison
     card = (output / "README.md").read_text()

@@ -112,7 +112,7 @@ def test_weights_of_an_earlier_push_are_replaced(hub, client, digests, sharded):
     for seed in (0, 1):
         client.value("push", repo=repo, seed=seed, sharded=sharded[seed])
     files = hub.files(repo)
-    whole = {"README.md", "config.json", WEIGHTS}
+    whole = {"README.md", "config.json", "kron_claims.json", "kron_masks.png", WEIGHTS}
     assert (files.keys() == whole) is not sharded[1]
     assert (WEIGHTS in files) is not sharded[1]
     assert client.value("pull", repo=repo, cache=repo) == digests[1]
@@ -144,6 +144,7 @@ def test_card_and_other_files_of_the_user_stay(hub, client):
     assert not any("import kron_hf" in text for text in answer["warnings"])
     files = hub.files("alice/mine")
     assert (files["README.md"], files["notes.txt"]) == (b"my card: import kron_hf", b"mine")
+    assert "kron_claims.json" not in files  # it claimed things of the card that was replaced
 
 
 def test_a_model_that_cannot_be_saved_is_refused():
@@ -176,7 +177,8 @@ def test_adapter_round_trip_is_bit_equal(hub, client, door):
     client.value("push_dense", repo=base, seed=0)
     pushed = client.value("push_adapter", repo=repo, base=base, door=door, cache=f"{repo}-pushed")
     files = hub.files(repo)
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == files.keys()
+    ours = {"kron_claims.json", "kron_masks.png"} if door == "kron" else set()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} | ours == files.keys()
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
     assert client.value("pull_adapter", repo=repo, base=base, cache=repo) == pushed
     assert client.value("pull_adapter", repo=repo, cache=f"{repo}-auto") == pushed

@@ -21,7 +21,18 @@ TORCH_ONLY = (
 )
 # Lower layers first: a module imports only from its own row or from rows above it.
 ORDER = [
-    {"versions", "escaping", "evaluation_mode", "factors", "block_size", "metrics", "weight_reads", "sharding", "data"},
+    {
+        "versions",
+        "escaping",
+        "evaluation_mode",
+        "factors",
+        "block_size",
+        "metrics",
+        "weight_reads",
+        "sharding",
+        "data",
+        "training_history",
+    },
     {"peft_type", "module_map", "ops", "config_checks"},
     {"calibration_config"},
     {"config", "kron_layer"},
@@ -32,10 +43,12 @@ ORDER = [
     {"calibration_data", "inference", "param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},
     {"model", "prepared"},
-    {"model_card", "peft_tuner"},
+    {"claims", "peft_tuner"},
+    {"model_card"},
     {"trainer", "hub"},
-    {"command", "demo"},
-    {"bench", "compress", "train"},
+    {"command"},
+    {"demo"},
+    {"bench", "compress", "page", "train", "verify"},
     {"cli", "__main__", "__init__"},
 ]
 

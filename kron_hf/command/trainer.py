@@ -10,9 +10,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from kron_hf.callbacks import SparsityCallback
+from kron_hf.callbacks import SparsityCallback, sparsity_arguments
 from kron_hf.data.examples import Examples
 from kron_hf.model_card import write_model_card
+from kron_hf.model_card.training import public_settings
 from kron_hf.trainer.kron_trainer import KronTrainer
 
 __all__ = ["CommandTrainer", "EpochCallback"]
@@ -25,8 +26,10 @@ class CommandTrainer(KronTrainer):
     """
 
     card_dataset: str | None = None
+    card_split: str | None = None
     card_metrics: dict[str, float] | None = None
     card_report: str | None = None
+    card_options: dict[str, Any] | None = None
 
     def check_final_save(self) -> None:
         """Refuses, before the training, what would end it without a model that `from_pretrained` loads.
@@ -59,10 +62,16 @@ class CommandTrainer(KronTrainer):
                 output_dir,
                 name=self.args.hub_model_id,
                 dataset=self.card_dataset,
+                split=self.card_split,
                 metrics=self.card_metrics,
                 report=self.card_report,
                 overwrite=True,
+                **{"training": self._settings(), "history": self.state.log_history, **(self.card_options or {})},
             )
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"factor_lr": self.factor_lr, "mask_lr": self.mask_lr}
+        return {**sparsity_arguments(self.state), **own, **public_settings(self.args), "steps": self.state.global_step}
 
 
 class EpochCallback(TrainerCallback):

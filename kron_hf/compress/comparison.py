@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from kron_hf.command.table import aligned
 from kron_hf.compress.fidelity import AGREEMENT, FEATURE_ERROR, fidelity
-from kron_hf.compress.latency import alternating_milliseconds, machine
 from kron_hf.compress.task import Task
 from kron_hf.data.splits import LabelledImages
 from kron_hf.escaping import plain
 from kron_hf.summary import kron_summary, model_flops
+from kron_hf.summary.latency import alternating_milliseconds, machine
 
 __all__ = ["BATCHES", "Comparison", "compare"]
 

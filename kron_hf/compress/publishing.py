@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -29,17 +30,30 @@ def publisher(model: PreTrainedModel, task: Task) -> CommandTrainer:
     return CommandTrainer(model, arguments, processing_class=task.processor)
 
 
-def publish(model: PreTrainedModel, task: Task, comparison: Comparison) -> None:
-    """Writes everything into the output directory, `config.json` last: before that no loader takes it for a model."""
+def publish(model: PreTrainedModel, task: Task, comparison: Comparison, *, base: str, settings: dict[str, Any]) -> None:
+    """Writes everything into the output directory, `config.json` last: before that no loader takes it for a model.
+
+    Args:
+        model: The compressed model.
+        task: The images.
+        comparison: The report.
+        base: The dense model's id or directory; of a directory nothing is told.
+        settings: How it was compressed.
+    """
     trainer = publisher(model, task)
     shown = "validation" if task.splits.test is None else "test"
-    trainer.card_dataset = f"{task.splits.name} ({shown} images)"
+    trainer.card_dataset, trainer.card_split = task.splits.name, shown
     trainer.card_metrics = {
         name.removeprefix(f"{shown}_"): value
         for name, value in comparison.compressed.items()
         if name.startswith(f"{shown}_")
     }
     trainer.card_report = str(comparison)
+    trainer.card_options = {
+        "base_model": None if Path(base).exists() else base,
+        "training": {**settings, "seed": task.options.seed, "batch_size": task.options.batch_size},
+        "history": None,
+    }
     content = json.dumps(comparison.to_dict(), indent=2)
     Path(task.options.output_dir, "comparison.json").write_text(f"{content}\n", encoding="utf-8")
     if task.options.push_to_hub:

@@ -116,7 +116,8 @@ class _Compression:
             others=self.others,
             other_images=self.options.comparison.ood_images,
         )
-        publish(model, self.task, comparison)
+        settings = self.options.compression.conversion()
+        publish(model, self.task, comparison, base=self.options.dense.model, settings=settings)
         self.record.finish(comparison.to_dict())
         self.stages.remove()
         self.write(f"\n{comparison}")

@@ -1,6 +1,7 @@
 """Small real image sets as `datasets.Dataset`s with fixed splits: digits and Fashion-MNIST."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -9,9 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from kron_hf.command.processor import make_image_processor
 from kron_hf.data.grey import load_grey_set
 
-__all__ = ["ImageData", "load_image_data"]
+__all__ = ["ImageData", "image_processor", "load_image_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,13 @@ def load_image_data(source: str = "digits") -> ImageData:
         validation=validation,
         test=test,
     )
+
+
+def image_processor(data: ImageData) -> Any:
+    """The processor that makes the pixels of these images that the models are trained on."""
+    config = SimpleNamespace(num_channels=1, image_size=data.size)
+    like = SimpleNamespace(image_mean=[data.mean], image_std=[data.std])
+    return make_image_processor(config, like=like)
 
 
 def _shifted(images: Tensor, reach: int) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import transformers
 from tqdm.auto import tqdm
 
 from kron_hf.demo.evaluation import evaluate_in_fresh_process
-from kron_hf.demo.images import ImageData, load_image_data
+from kron_hf.demo.images import ImageData, image_processor, load_image_data
 from kron_hf.demo.quiet import quiet_transformers
 from kron_hf.demo.report import comparison_table, draw_masks, named_masks, save_mask_picture
 from kron_hf.demo.training import Recipe, Trained, search
-from kron_hf.model_card import write_model_card
+from kron_hf.model_card import measure_latency, write_model_card
 from kron_hf.summary import kron_summary
 
 __all__ = ["check_output_dir", "run_demo"]
@@ -31,6 +31,7 @@ def run_demo(
     seed: int = 0,
     recipe: Recipe | None = None,
     write: Callable[[str], Any] = print,
+    card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains a dense ViT and its Kronecker twin on the digits, saves, reloads and compares them.
 
@@ -42,6 +43,7 @@ def run_demo(
         seed: Of the weights and the order of the images; the splits are fixed.
         recipe: Sizes and budget; None is the demo's.
         write: Takes each piece of the report.
+        card: Further arguments of `write_model_card`, such as a licence.
 
     Returns:
         What `metrics.json` holds.
@@ -63,10 +65,13 @@ def run_demo(
         directories = [output_dir / "dense", output_dir]
         for run, directory in zip((dense, kronecker), directories, strict=True):
             run[0].model.save_pretrained(directory)
+            image_processor(data).save_pretrained(directory)
         write("Loading both in a fresh process ...")
         results = evaluate_in_fresh_process(directories)
         metrics = _metrics(recipe, data, dense, kronecker, results, directories) | {"seed": seed}
-        _write_reports(output_dir, kronecker[0], metrics | {"total_seconds": round(time.perf_counter() - begin, 1)})
+        _write_reports(
+            output_dir, kronecker[0], card or {}, metrics | {"total_seconds": round(time.perf_counter() - begin, 1)}
+        )
     write("\n" + comparison_table(metrics))
     write("(Layers as small as these gain no time from fewer FLOPs.)")
     masks = list(named_masks(kronecker[0].model).items())
@@ -172,14 +177,19 @@ def _searched(runs: list[Trained]) -> list[dict[str, float]]:
     return [{"learning_rate": run.learning_rate, "validation_accuracy": run.validation_accuracy} for run in runs]
 
 
-def _write_reports(output_dir: Path, kronecker: Trained, metrics: dict[str, Any]) -> None:
+def _write_reports(output_dir: Path, kronecker: Trained, card: Mapping[str, Any], metrics: dict[str, Any]) -> None:
     save_mask_picture(kronecker.model, output_dir / "masks.png")
-    figures = {"accuracy": metrics["eval_accuracy"], "sparsity": metrics["sparsity"]}
+    told = ("block_size", "rank", "target_sparsity", "learning_rate", "steps", "seed")
     write_model_card(
         kronecker.model,
         output_dir,
-        dataset="scikit-learn digits",
-        metrics=figures,
+        dataset="digits",
+        split="test",
+        metrics={"accuracy": metrics["eval_accuracy"]},
+        training={key: metrics[key] for key in told},
+        history=kronecker.history,
+        latency=measure_latency(kronecker.model, batch_size=32),
+        **card,
         overwrite=True,
     )
     _write_metrics(output_dir, metrics)

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,7 @@ class Trained:
     learning_rate: float
     validation_accuracy: float
     seconds: float
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def build_model(recipe: Recipe, data: ImageData, *, kronecker: bool, seed: int) -> ViTForImageClassification:
@@ -108,6 +109,7 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=recipe.steps(len(data.train)) // 20,
             save_strategy="no",
+            logging_steps=20,
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -130,6 +132,7 @@ def train(
         learning_rate=learning_rate,
         validation_accuracy=accuracy(model, data.validation),
         seconds=seconds,
+        history=trainer.state.log_history,
     )
 
 

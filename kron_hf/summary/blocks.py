@@ -39,8 +39,17 @@ def block_summary(model: nn.Module, layers: Mapping[str, tuple[nn.Linear, int | 
         (0.25, 24)
     """
     _check(model, layers)
-    counted = [_summarize(name, linear, size) for name, (linear, size) in layers.items()]
-    return summarize_model(model, counted, [linear for linear, _ in layers.values()], of="block-sparse layers")
+    sizes = {
+        name: resolve_block_size(size, linear.out_features, linear.in_features, name)
+        for name, (linear, size) in layers.items()
+    }
+    masks = {
+        name: None if linear.weight.is_meta else _living_blocks(linear, sizes[name])
+        for name, (linear, _) in layers.items()
+    }
+    counted = [_summarize(name, linear, sizes[name], masks[name]) for name, (linear, _) in layers.items()]
+    inside = [linear for linear, _ in layers.values()]
+    return summarize_model(model, counted, inside, of="block-sparse layers", masks=masks)
 
 
 def _check(model: nn.Module, layers: Mapping[str, tuple[nn.Linear, int | tuple[int, int]]]) -> None:
@@ -56,11 +65,10 @@ def _check(model: nn.Module, layers: Mapping[str, tuple[nn.Linear, int | tuple[i
         names[linear] = name
 
 
-def _summarize(name: str, linear: nn.Linear, size: int | tuple[int, int]) -> LayerSummary:
-    block_out, block_in = resolve_block_size(size, linear.out_features, linear.in_features, name)
+def _summarize(name: str, linear: nn.Linear, size: tuple[int, int], alive: Tensor | None) -> LayerSummary:
+    block_out, block_in = size
     entries = linear.out_features * linear.in_features
     bias = 0 if linear.bias is None else linear.bias.numel()
-    alive = None if linear.weight.is_meta else _living_blocks(linear, (block_out, block_in))
     living = None if alive is None else int(alive.sum()) * block_out * block_in
     return LayerSummary(
         name=name,
@@ -80,5 +88,6 @@ def _summarize(name: str, linear: nn.Linear, size: int | tuple[int, int]) -> Lay
 
 
 def _living_blocks(linear: nn.Linear, block_size: tuple[int, int]) -> Tensor:
-    """Which blocks hold anything but zeros, bool `[O * I]`. Gathers one layer at a time: dense weights are large."""
-    return (to_blocks(gather([linear.weight])[0], block_size) != 0).any(1)
+    """Which blocks hold anything but zeros, bool `[O, I]`. Gathers one layer at a time: dense weights are large."""
+    grid = (linear.out_features // block_size[0], linear.in_features // block_size[1])
+    return (to_blocks(gather([linear.weight])[0], block_size) != 0).any(1).view(grid)

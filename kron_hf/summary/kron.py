@@ -53,8 +53,10 @@ def kron_summary(model: nn.Module) -> KronSummary:
     parts = [part for layer in layers.values() for part in _parts(layer)]
     masks = [None] * len(parts) if any(part.s.is_meta for part in parts) else block_masks(parts)
     alive = dict(zip(parts, masks, strict=True))
-    counted = [_summarize(name or type(model).__name__, layer, alive) for name, layer in layers.items()]
-    return summarize_model(model, counted, layers.values(), of="converted layers")
+    layers = {name or type(model).__name__: layer for name, layer in layers.items()}
+    counted = [_summarize(name, layer, alive) for name, layer in layers.items()]
+    single = {name: alive[layer] for name, layer in layers.items() if isinstance(layer, KronLinear)}
+    return summarize_model(model, counted, layers.values(), of="converted layers", masks=single)
 
 
 def _parts(layer: KronLayer | KronCandidates) -> list[KronLayer]:

@@ -1,10 +1,10 @@
 """What a summary holds, its sums, and the table that it prints."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kron_hf.escaping import plain
 
@@ -65,9 +65,9 @@ class LayerSummary:
         """Counts over those of the `nn.Linear`s, by field; None where there is no count or nothing to compare with."""
         flops = ("forward_flops", "ideal_forward_flops")
         shares: dict[str, float | None] = {}
-        for field in ("trained_params", "nonzeros", "deployed_params", *flops):
-            count, whole = getattr(self, field), self.dense_forward_flops if field in flops else self.dense_params
-            shares[field] = None if count is None or not whole else count / whole
+        for name in ("trained_params", "nonzeros", "deployed_params", *flops):
+            count, whole = getattr(self, name), self.dense_forward_flops if name in flops else self.dense_params
+            shares[name] = None if count is None or not whole else count / whole
         return shares
 
 
@@ -82,6 +82,8 @@ class KronSummary:
         nonzeros: Entries of all parameters but those that belong to zero blocks of the layers; None on the meta device.
         deployed_params: Entries of all parameters once S is folded into A.
         dense_params: Entries of all parameters of the same model with `nn.Linear` layers.
+        masks: Which blocks are alive, bool `[O, I]` by layer; not of layers whose block size is being selected, nor on
+            the meta device. Not in `to_dict()`.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -90,6 +92,7 @@ class KronSummary:
     nonzeros: int | None
     deployed_params: int
     dense_params: int
+    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sparsity(self) -> float | None:
@@ -98,7 +101,20 @@ class KronSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, ready for JSON; with `shares_of_dense` of the sum."""
-        return asdict(self) | {"shares_of_dense": self.converted.shares_of_dense()}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "masks"}
+        values |= {"layers": tuple(asdict(layer) for layer in self.layers), "converted": asdict(self.converted)}
+        return values | {"shares_of_dense": self.converted.shares_of_dense()}
+
+    def plot(self) -> Any:
+        """Sparsity, parameters and masks of the layers, as a `matplotlib.figure.Figure`: `.savefig("layers.png")`.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: There are no layers.
+        """
+        from kron_hf.summary.picture import draw_summary
+
+        return draw_summary(self)
 
     def __str__(self) -> str:
         rows = [HEADER, *(_row(layer) for layer in (*self.layers, self.converted))]
@@ -111,7 +127,11 @@ class KronSummary:
 
 
 def summarize_model(
-    model: nn.Module, layers: Iterable[LayerSummary], inside: Iterable[nn.Module], of: str
+    model: nn.Module,
+    layers: Iterable[LayerSummary],
+    inside: Iterable[nn.Module],
+    of: str,
+    masks: Mapping[str, Tensor | None],
 ) -> KronSummary:
     """Adds what the model has outside of the layers.
 
@@ -120,6 +140,7 @@ def summarize_model(
         layers: What was counted of its layers.
         inside: The layers themselves, each once.
         of: Name of the sum over them.
+        masks: Which of their blocks are alive; None where that is not known.
     """
     layers = tuple(layers)
     own = {id(parameter) for layer in inside for parameter in layer.parameters()}
@@ -133,6 +154,7 @@ def summarize_model(
         nonzeros=None if converted.nonzeros is None else others + converted.nonzeros,
         deployed_params=others + converted.deployed_params,
         dense_params=others + converted.dense_params,
+        masks={name: mask.cpu() for name, mask in masks.items() if mask is not None},
     )
 
 

@@ -164,7 +164,7 @@ def _measure(trainer: CommandTrainer, splits: ImageSplits, training: CommandArgu
 
 def _save(trainer: CommandTrainer, splits: ImageSplits, results: dict[str, float]) -> None:
     shown = "test" if "test_loss" in results else "validation"
-    trainer.card_dataset = f"{splits.name} ({shown} images)"
+    trainer.card_dataset, trainer.card_split = splits.name, shown
     trainer.card_metrics = {
         name.removeprefix(f"{shown}_"): value
         for name, value in results.items()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kron_hf.callbacks import SparsityCallback
 from kron_hf.distillation import DistillationConfig
-from kron_hf.model_card import add_usage
+from kron_hf.model_card import ModelCardCallback, add_usage
 from kron_hf.param_groups import kron_param_groups
 from kron_hf.selection.groups import candidate_layers
 from kron_hf.sparsity.pruning import kron_layers, model_sparsity
@@ -116,9 +116,14 @@ class KronTrainer(Distilling):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's card, with how to load Kronecker layers."""
+        """Trainer's card, with how to load Kronecker layers; that of a `ModelCardCallback`, if there is one."""
         super().create_model_card(*args, **kwargs)
         model, card = cast(nn.Module, self.model), Path(str(self.args.output_dir), "README.md")
-        if self.is_world_process_zero() and kron_layers(model):
+        if not self.is_world_process_zero() or not kron_layers(model):
+            return
+        ours = next((item for item in self.callback_handler.callbacks if isinstance(item, ModelCardCallback)), None)
+        if ours is not None and not self.is_fsdp_enabled:
+            ours.write(self.accelerator.unwrap_model(model), self.args, self.state)
+        else:
             name = self.hub_model_id or kwargs.get("model_name") or card.parent.name
             add_usage(card, model, name, layers=not self.is_fsdp_enabled)  # the other processes are not here

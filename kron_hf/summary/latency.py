@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 __all__ = ["alternating_milliseconds", "machine"]
 
@@ -15,7 +14,7 @@ LEAST = 3
 
 
 @torch.no_grad()
-def alternating_milliseconds(models: list[PreTrainedModel], batch: dict[str, Any]) -> tuple[list[float], int]:
+def alternating_milliseconds(models: list[Any], batch: dict[str, Any]) -> tuple[list[float], int]:
     """The median milliseconds of one forward of each model, and of how many.
 
     Args:
@@ -40,7 +39,7 @@ def machine(device: torch.device) -> str:
     return f"{what}, torch {torch.__version__.partition('+')[0]}"
 
 
-def _milliseconds(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+def _milliseconds(model: Any, batch: dict[str, Any]) -> float:
     _wait(model.device)
     begin = time.perf_counter()
     model(**batch)
