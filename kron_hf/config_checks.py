@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 BlockSize = int | tuple[int, int]
+LIMIT = 2**62  # larger numbers would only make long errors
 
 
 def checked_block_size(name: str, value: Any) -> BlockSize:
@@ -54,9 +55,11 @@ def checked_list(name: str, value: Any, most: int) -> list[Any]:
 
 
 def checked_rank(name: str, value: Any, block_size: BlockSize | None = None) -> int:
-    """An int from 1 to `bo * bi`, if the block size is given and closed."""
+    """An int of at least 1, and at most `bo * bi` if the block size is given and closed."""
     if not is_int(value) or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {shown(value)}")
+    if value >= LIMIT:
+        raise ValueError(f"{name} must be at most 2**62 - 1, got {shown(value)}")
     if block_size is not None:
         block_out, block_in = (block_size, block_size) if isinstance(block_size, int) else block_size
         if block_out > 0 and block_in > 0 and value > block_out * block_in:

@@ -18,7 +18,7 @@ PRIVATE = {
     # torch
     "_AutoDispatchBelowAutograd": "ops/operator.py",
     "_C": "ops/operator.py",
-    "_parameters": "peft_tuner/layer.py",
+    "_parameters": "peft_tuner/stored.py",
     "_version": "ops/folded.py",
     # transformers
     "_from_config": "model.py",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from kron_hf import KronConv2d
+from kron_hf import KronConv2d, kron_summary, model_flops
 from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d
 from kron_hf.sparsity.pruning import block_entries
 
@@ -164,6 +164,18 @@ def test_the_way_with_the_fewest_multiply_adds_is_taken(shapes, strides, way):
     assert cheapest_way(m_shape, b_shape, strides, "cpu") == way
     if way == "build_w":
         assert cheapest_way(m_shape, b_shape, strides, "meta") != way
+
+
+@pytest.mark.parametrize(("stride", "products"), [(1, 64 * 2 + 9 * 64 * 2), (4, 16 * 64 * 2 + 9 * 64 * 2)])
+def test_flops_are_those_that_run(stride, products):
+    """M comes first here, at every position of the input."""
+    layer = KronConv2d(64, 64, 3, (32, 2), 1, stride=stride, padding=1, bias=False)
+    assert layer.forward_flops == kron_summary(layer).converted.forward_flops == 2 * products
+    assert model_flops(layer, torch.empty(1, 64, 8, 8)).forward == (8 // stride) ** 2 * 2 * products
+    with torch.no_grad():
+        layer.s[1] = 0
+    ideal = kron_summary(layer).converted.ideal_forward_flops
+    assert ideal == products  # half the rows of M, and B for half the outputs
 
 
 # Construction

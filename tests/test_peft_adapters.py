@@ -118,7 +118,7 @@ SAME_ERRORS = {
     "no match": ({"target_modules": ["fc7"]}, "no module to replace matches"),
     "block does not divide": ({"target_modules": ["fc1"], "block_size": 5}, "fc1: block_size .5, 5. does not divide"),
     "rank too high": ({"block_size": (1, -1), "rank": 999}, "rank must be at most"),
-    "no linear": ({"target_modules": ["projection"]}, "only nn.Linear can become"),
+    "no linear": ({"target_modules": ["layernorm_before"]}, "only nn.Linear and nn.Conv2d can become"),
 }
 
 

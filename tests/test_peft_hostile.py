@@ -81,8 +81,14 @@ HOSTILE = {
         "no module",
     ),
     "a name above the model": ({"modules": {"..": {"block_size": [4, 8], "rank": 2}}}, "has no module '..'"),
-    "the model itself": ({"modules": {"vit": {"block_size": [4, 8], "rank": 2}}}, "vit: only nn.Linear can become"),
-    "a norm": ({"modules": {"vit.layernorm": {"block_size": [4, 8], "rank": 2}}}, "only nn.Linear can become"),
+    "the model itself": (
+        {"modules": {"vit": {"block_size": [4, 8], "rank": 2}}},
+        "vit: only nn.Linear and nn.Conv2d can become",
+    ),
+    "a norm": (
+        {"modules": {"vit.layernorm": {"block_size": [4, 8], "rank": 2}}},
+        "only nn.Linear and nn.Conv2d can become",
+    ),
     "an empty map": ({"modules": {}}, "modules must be a non-empty dict"),
     "a map that is a list": ({"modules": [FC1]}, "modules must be a non-empty dict"),
     "a block that does not divide": (fc1([5, 7], 1), r"fc1: block_size \(5, 7\) does not divide"),

@@ -1,6 +1,7 @@
 """Kronecker layers that wait for the tensors of a stored adapter.
 
-Memory is taken for tensors that a file holds, never for sizes that its config claims.
+Memory is taken for tensors that a file holds, never for sizes that its config claims. Private and touched here alone:
+torch's `_parameters`.
 """
 
 # What stands for two classes of layers is typed as their common one.
