@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from properties import check_all, examples
 
 from kron_hf.calibration.allocation import LayerChoices, allocate, predicted_loss
+from kron_hf.calibration.knapsack import Choices
+from kron_hf.calibration.knapsack import least_loss as chosen_indices
 from kron_hf.calibration.menu import Option, layer_menu
 
 
@@ -107,12 +109,18 @@ def test_the_last_bit_of_a_budget_is_spent():
 def test_options_off_the_convex_hull_fill_a_budget():
     menu = [Option((1, 1), rank, cost, cost) for rank, cost in ((1, 10), (2, 40))] + [Option(None, None, 50, 50)]
     layer = LayerChoices("layer", menu, [1.0, 0.9, 0.0])
-    assert [allocate([layer], target_params=share)["layer"].rank for share in (0.3, 0.9, 1.0)] == [1, 2, None]
+    ranks = [allocate([layer], target_params=share)["layer"].rank for share in (0.3, 0.79, 0.8, 0.9, 1.0)]
+    assert ranks == [1, 1, 2, 2, None]
 
 
 def test_nothing_is_spent_without_a_gain():
-    menu = [Option((1, 1), rank, cost, cost) for rank, cost in ((1, 10), (2, 20))] + [Option(None, None, 100, 100)]
-    assert allocate([LayerChoices("layer", menu, [0.5, 0.5, 0.0])], target_params=0.5)["layer"].rank == 1
+    def layer(name: str, costs: tuple[int, ...], errors: list[float]) -> LayerChoices:
+        options = [Option((1, 1), rank, cost, cost) for rank, cost in enumerate(costs[:-1], start=1)]
+        return LayerChoices(name, [*options, Option(None, None, costs[-1], costs[-1])], errors)
+
+    layers = [layer("same", (10, 15, 100), [0.5, 0.5, 0.0]), layer("other", (10, 40, 50), [1.0, 0.9, 0.0])]
+    chosen = allocate(layers, target_params=59 / 150)
+    assert {name: option.rank for name, option in chosen.items()} == {"same": 1, "other": 2}
 
 
 def test_of_options_alike_in_error_and_mixture_the_one_that_the_budget_favours_is_offered():
@@ -129,6 +137,15 @@ def test_a_large_step_leaves_its_place_to_two_small_ones():
     layers = [layer("large", 51, 51 * 1.1), layer("one", 50, 50), layer("two", 50, 50)]
     chosen = allocate(layers, target_params=103 / total(layers))
     assert {name: option.is_dense for name, option in chosen.items()} == {"large": False, "one": True, "two": True}
+
+
+def test_what_is_made_cheaper_is_what_loses_least_by_it():
+    steps = [(51, 1056.1, 1000.0), (60, 600.0, 0.0), (50, 50.0, 0.0), (50, 50.0, 0.0)]
+    layers = [
+        Choices(torch.arange(2), torch.tensor([1, 1 + cost]), torch.tensor([before, after], dtype=torch.float64))
+        for cost, before, after in steps
+    ]
+    assert chosen_indices(layers, 164) == [0, 1, 1, 1]
 
 
 def choices(draw, name: str) -> LayerChoices:

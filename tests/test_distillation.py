@@ -179,12 +179,39 @@ def test_attached_gives_what_compute_gives():
         loss(own(pixel_values=inputs["pixel_values"]), labels)
 
 
+def test_labels_that_do_not_count_take_no_share_of_the_attached_loss():
+    own, other, rows = student(), teacher(), images(6)
+    loss, inputs = DistillationLoss(other, {"task": 0.5}), batch(rows)
+    parts = vit_parts(own, other, rows)
+    labels = inputs["labels"].where(torch.arange(6) > 1, -100)
+    with loss.attach(own):
+        share = loss(own(pixel_values=inputs["pixel_values"]), labels, 24)
+        with pytest.raises(ValueError, match="task: needs labels in the batch and logits of the student"):
+            loss(own(pixel_values=inputs["pixel_values"]), None)
+    logits = own(pixel_values=inputs["pixel_values"]).logits
+    expected = 4 / 24 * sum(parts.values()) + 0.5 * F.cross_entropy(logits[2:], labels[2:], reduction="sum") / 24
+    torch.testing.assert_close(share, expected)
+
+
+def test_a_loss_is_attached_again_and_computed_after_it_was_removed():
+    own, loss, inputs = student(), DistillationLoss(teacher()), batch(images(2))
+    expected = loss.compute(own, inputs)
+    for _ in range(2):
+        with loss.attach(own):
+            assert loss(own(pixel_values=inputs["pixel_values"])) > 0
+            assert set(loss.parts) == {"logits", "tokens", "cls", "hidden"}
+        assert not own._forward_hooks
+    assert loss.compute(own, inputs).parts == expected.parts
+
+
 def test_a_student_with_hooks_is_copied_without_the_teacher():
     own, loss = student(), DistillationLoss(teacher())
     expected = loss.compute(own, batch(images(2)))
     twin = copy.deepcopy(own)
     assert set(twin(**batch(images(2)))) == {"loss", "logits"}
     assert torch.equal(loss.compute(twin, batch(images(2))).loss, expected.loss)
+    assert twin._forward_hooks
+    assert not own._forward_hooks  # they went over
     assert set(own(**batch(images(2)))) == {"loss", "logits"}
 
 

@@ -138,8 +138,8 @@ class DistillationLoss:
         return total
 
     def recorder(self, student: nn.Module) -> Recorder:
-        """The hooks on a student, which are put there at the first call."""
-        if self._recorder is None or self._recorder.model is not student:
+        """The hooks on a student, which are put there at the first call, or the next if they were removed."""
+        if self._recorder is None or self._recorder.model is not student or not self._recorder.is_there:
             check_apart(self.teacher, student)
             if self._recorder is not None:
                 self._recorder.remove()

@@ -49,10 +49,15 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the hooks have not been removed."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
         self.on, self.inputs, self._tokens = False, None, None
 
     @contextmanager
