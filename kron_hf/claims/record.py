@@ -69,7 +69,7 @@ class Claims:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        values["files"] = {name: claim._asdict() for name, claim in self.files.items()}
+        values["files"] = {name: {"bytes": claim.bytes, "sha256": claim.sha256} for name, claim in self.files.items()}
         values["metrics"] = [asdict(metric) for metric in self.metrics]
         return {"format_version": FORMAT_VERSION, **values}
 
