@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 # What the user can cause; anything else is a bug and keeps its traceback.
 USER_ERRORS = (OSError, ValueError)
+EXPORTERS = {"onnx", "onnxruntime", "onnxscript"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}: pip install 'kron_hf[demo]'")
+        extra = "export" if (error.name or "").partition(".")[0] in EXPORTERS else "demo"
+        return _fail(f"this command needs {error.name}: pip install 'kron_hf[{extra}]'")
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
@@ -53,8 +55,26 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
     summary.set_defaults(command=_summary)
+    _add_export(commands.add_parser("export", help="write a saved model in the form in which it is to be run"))
     _add_bench(commands.add_parser("bench", help="how fast the layers of a model are, measured against nn.Linear"))
     return parser
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    add = export.add_argument
+    add("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
+    add(
+        "--to",
+        required=True,
+        choices=("dense", "onnx", "torch-export", "compact"),
+        help="dense: for plain transformers; onnx, torch-export: a graph of the factors; compact: without zeros",
+    )
+    add("--output-dir", required=True, metavar="DIR", help="a new directory")
+    add("--overwrite", action="store_true", help="replace an earlier export in DIR; anything else there never is")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the model first (default: as it was saved)")
+    add("--int8", action="store_true", help="with --to onnx: weights of 8 bits, by onnxruntime's dynamic quantisation")
+    add("--json", action="store_true", help="print JSON instead of text")
+    export.set_defaults(command=_export)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -135,6 +155,33 @@ def _summary(options: argparse.Namespace) -> None:
     with quiet_transformers():
         summary = kron_summary(_load(options.model))
     _write(json.dumps(summary.to_dict(), indent=2) if options.json else str(summary))
+
+
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from kron_hf.command.record import check_overwritten
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.deploy.beside import ProcessorFiles
+    from kron_hf.deploy.exporting import export
+    from kron_hf.deploy.folder import check_target
+
+    if options.overwrite:
+        check_overwritten(options.model, options.output_dir)
+    check_target(Path(options.output_dir), overwrite=options.overwrite)  # before a large model is read
+    with quiet_transformers():
+        report = export(
+            _load(options.model),
+            options.output_dir,
+            options.to,
+            processor=ProcessorFiles(options.model),
+            dtype=options.dtype and getattr(torch, options.dtype),
+            int8=options.int8,
+            overwrite=options.overwrite,
+        )
+    _write(json.dumps(report.to_dict(), indent=2) if options.json else str(report))
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ ORDER = [
     {"model", "prepared"},
     {"model_card", "peft_tuner"},
     {"trainer", "hub"},
-    {"command", "demo"},
+    {"command", "demo", "deploy"},
     {"bench", "compress", "train"},
     {"cli", "__main__", "__init__"},
 ]
