@@ -187,6 +187,7 @@ def test_a_model_in_its_own_output_directory_is_not_overwritten(source, capsys):
     [
         (build, {"format": "gguf"}, ValueError, "format must be one of dense, onnx, torch-export, compact, got 'gguf'"),
         (build, {"format": "dense", "int8": True}, ValueError, "int8 goes with format 'onnx', got 'dense'"),
+        (build, {"format": "onnx", "dtype": torch.bfloat16}, ValueError, "has no bfloat16"),
         (FAMILIES["vit"], {"format": "dense"}, ValueError, "ViTForImageClassification has no Kronecker layer"),
         (lambda: KronLinear(4, 4, 2, 1), {"format": "dense"}, TypeError, "needs a transformers model, got KronLinear"),
         (
@@ -196,7 +197,7 @@ def test_a_model_in_its_own_output_directory_is_not_overwritten(source, capsys):
             "a batch of at least two",
         ),
     ],
-    ids=["format", "int8", "dense model", "no model", "example"],
+    ids=["format", "int8", "bfloat16", "dense model", "no model", "example"],
 )
 def test_refusals(tmp_path, model, options, error, message):
     with pytest.raises(error, match=message):

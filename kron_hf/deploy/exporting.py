@@ -78,7 +78,7 @@ def export(
     Example:
         >>> export(model, "vit-kron-onnx", "onnx")  # doctest: +SKIP
     """
-    _check(model, format, int8, example)
+    _check(model, format, dtype or getattr(model, "dtype", None), int8, example)
     directory = Path(directory)
     check_target(directory, overwrite=overwrite)
     original, cast = model, dtype is not None and dtype != model.dtype
@@ -103,7 +103,9 @@ def export(
     return report
 
 
-def _check(model: Any, format: str, int8: bool, example: Mapping[str, Tensor] | None) -> None:
+def _check(
+    model: Any, format: str, dtype: torch.dtype | None, int8: bool, example: Mapping[str, Tensor] | None
+) -> None:
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if not isinstance(model, PreTrainedModel):
@@ -112,6 +114,8 @@ def _check(model: Any, format: str, int8: bool, example: Mapping[str, Tensor] | 
     refuse_adapters(model)
     if not converted_layers(model):
         raise ValueError(f"export: {type(model).__name__} has no Kronecker layer")
+    if dtype == torch.bfloat16 and format == "onnx":
+        raise ValueError("format 'onnx' takes float16 or float32: NumPy, which feeds onnxruntime, has no bfloat16")
     if int8 and format != "onnx":
         raise ValueError(f"int8 goes with format 'onnx', got {format!r}")
     if example and any(len(tensor) < 2 for tensor in example.values()):

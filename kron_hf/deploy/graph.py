@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from kron_hf.checkpoint import strip_kron_config
 from kron_hf.deploy.factored import factored_copy
 from kron_hf.escaping import shown
 
@@ -84,8 +85,6 @@ def exported_program(model: PreTrainedModel, example: Mapping[str, Tensor]) -> E
 
 def graph_config(model: PreTrainedModel) -> Any:
     """The config that goes with a graph: labels and sizes, and nothing of Kronecker layers."""
-    from kron_hf.checkpoint import strip_kron_config
-
     config = copy.deepcopy(model.config)
     strip_kron_config(config)
     config.architectures = [type(model).__name__]
