@@ -16,6 +16,7 @@ from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.conv_layer import KronConv2d
 from kron_hf.conversion import Calibration, calibrate
+from kron_hf.deploy.exporting import export
 from kron_hf.distillation import DistillationConfig, DistillationLoss
 from kron_hf.hub import push_to_hub
 from kron_hf.inference import fold_for_inference
@@ -48,6 +49,7 @@ __all__ = [
     "block_summary",
     "calibrate",
     "copy_masks",
+    "export",
     "fold_for_inference",
     "get_kron_model",
     "kron_param_groups",

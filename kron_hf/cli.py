@@ -19,6 +19,7 @@ DATA_OPTIONS = (
     *("dataset", "dataset_config", "dataset_revision", "image_column", "label_column"),
     *("train_split", "validation_split", "test_split", "metric", "metric_options"),
 )
+EXPORTERS = {"onnx", "onnxruntime", "onnxscript"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}: pip install 'kron_hf[demo]'")
+        extra = "export" if (error.name or "").partition(".")[0] in EXPORTERS else "demo"
+        return _fail(f"this command needs {error.name}: pip install 'kron_hf[{extra}]'")
     except KeyboardInterrupt:
         return _fail("interrupted")
     return 0
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", required=True, metavar="FILE", help="write one page that needs nothing else")
     inspect.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     inspect.set_defaults(command=_inspect)
+    _add_export(commands.add_parser("export", help="write a saved model in the form in which it is to be run"))
     _add_bench(commands.add_parser("bench", help="how fast the layers of a model are, measured against nn.Linear"))
     return parser
 
@@ -84,6 +87,23 @@ def _add_verify(verify: argparse.ArgumentParser) -> None:
     for name in DATA_OPTIONS:
         data.add_argument(f"--{name.replace('_', '-')}", metavar="NAME")
     verify.set_defaults(command=_verify)
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    add = export.add_argument
+    add("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
+    add(
+        "--to",
+        required=True,
+        choices=("dense", "onnx", "torch-export", "compact"),
+        help="dense: for plain transformers; onnx, torch-export: a graph of the factors; compact: without zeros",
+    )
+    add("--output-dir", required=True, metavar="DIR", help="a new directory")
+    add("--overwrite", action="store_true", help="replace an earlier export in DIR; anything else there never is")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the model first (default: as it was saved)")
+    add("--int8", action="store_true", help="with --to onnx: weights of 8 bits, by onnxruntime's dynamic quantisation")
+    add("--json", action="store_true", help="print JSON instead of text")
+    export.set_defaults(command=_export)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -195,6 +215,33 @@ def _inspect(options: argparse.Namespace) -> None:
     with quiet_transformers():
         write_page(options.model, Path(options.html), revision=options.revision)
     _write(f"Wrote {options.html}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from kron_hf.command.record import check_overwritten
+    from kron_hf.demo.quiet import quiet_transformers
+    from kron_hf.deploy.beside import ProcessorFiles
+    from kron_hf.deploy.exporting import export
+    from kron_hf.deploy.folder import check_target
+
+    if options.overwrite:
+        check_overwritten(options.model, options.output_dir)
+    check_target(Path(options.output_dir), overwrite=options.overwrite)  # before a large model is read
+    with quiet_transformers():
+        report = export(
+            _load(options.model),
+            options.output_dir,
+            options.to,
+            processor=ProcessorFiles(options.model),
+            dtype=options.dtype and getattr(torch, options.dtype),
+            int8=options.int8,
+            overwrite=options.overwrite,
+        )
+    _write(json.dumps(report.to_dict(), indent=2) if options.json else str(report))
 
 
 def _bench(options: argparse.Namespace) -> None:

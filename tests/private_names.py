@@ -39,14 +39,17 @@ PRIVATE = {
 }
 # Names that look public, or that are looked up by name on our classes, and that no documentation promises.
 UNDOCUMENTED = {
+    "ConversionOps": "checkpoint/compact.py",
     "ExportableState": "callbacks.py",
     "MODEL_MAPPING": "model.py",
     "PEFT_TYPE_TO_CONFIG_MAPPING": "peft_tuner/__init__.py",
+    "WeightConverter": "checkpoint/compact.py",
     "_enable_peft_forward_hooks": "peft_tuner/model.py",
     "can_return_loss": "trainer/distilling.py",
     "check_target_module_exists": "targets.py",
     "current_gradient_accumulation_steps": "trainer/distilling.py",
     "fusion_config": "checkpoint/hook.py",
+    "get_weight_conversions": "checkpoint/hook.py",
     "get_pattern_key": "targets.py",
     "hf_quantizer": "checkpoint/hook.py",
     "httpx": "hub.py",

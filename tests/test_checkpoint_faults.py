@@ -103,7 +103,7 @@ def test_dense_weights_under_a_kron_config(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), r"format_version is 2, this kron_hf reads up to 1; upgrade kron_hf"),
+        (lambda q: q.update(format_version=3), r"format_version is 3, this kron_hf reads up to 2; upgrade kron_hf"),
         (lambda q: q.update(format_version="1"), "format_version must be an int, got '1'"),
         (lambda q: q.pop("format_version"), "format_version must be an int, got None"),
         (lambda q: q.update(modules={}), "modules must be a non-empty dict"),

@@ -48,7 +48,7 @@ ORDER = [
     {"trainer", "hub"},
     {"command"},
     {"demo"},
-    {"bench", "compress", "page", "train", "verify"},
+    {"bench", "compress", "deploy", "page", "train", "verify"},
     {"cli", "__main__", "__init__"},
 ]
 

@@ -5,7 +5,14 @@ import torch
 from huggingface_hub.utils import get_session, httpx
 from private_names import relies_on
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    ConversionOps,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    WeightConverter,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from kron_hf import KronConfig, get_kron_model
@@ -173,3 +180,30 @@ def test_httpx():
     assert isinstance(get_session(), httpx.Client)
     with httpx.Client(trust_env=False) as client, pytest.raises(httpx.TransportError):
         client.get("http://127.0.0.1:9")
+
+
+@relies_on("transformers", "get_weight_conversions", "WeightConverter", "ConversionOps")
+def test_weight_conversions_of_a_quantizer(kron, monkeypatch):
+    """A quantizer's get_weight_conversions may give a WeightConverter of several tensors that fills several others."""
+    fc1, seen = "vit.layers.0.mlp.fc1", []
+
+    class Fill(ConversionOps):
+        def convert(self, input_dict, source_patterns, target_patterns, *, full_layer_name, model, **kwargs):
+            seen.append((full_layer_name, sorted(input_dict)))
+            layer = model.get_submodule(full_layer_name.removesuffix(".s"))
+            parts = [value[0] if isinstance(value, list) else value for value in input_dict.values()]
+            return {
+                full_layer_name: layer.s.new_full(layer.s.shape, 3, device="cpu"),
+                f"{full_layer_name[:-1]}a": parts[0],
+            }
+
+    patterns = [r"\.one$", r"\.two$"]
+    monkeypatch.setattr(
+        KronHfQuantizer, "get_weight_conversions", lambda self: [WeightConverter(patterns, ".s", [Fill()])]
+    )
+    config, state = ViTConfig.from_pretrained(kron), load_file(kron / "model.safetensors")
+    state[f"{fc1}.one"], state[f"{fc1}.two"] = state.pop(f"{fc1}.a"), state.pop(f"{fc1}.s")
+    model = ViTForImageClassification.from_pretrained(None, config=config, state_dict=state)
+    assert seen == [(f"{fc1}.s", sorted(patterns))]
+    assert bool((model.get_submodule(fc1).s == 3).all())
+    torch.testing.assert_close(model.get_submodule(fc1).a.detach(), state[f"{fc1}.one"], rtol=0, atol=0)

@@ -3,26 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from kron_hf.checkpoint.compact import check_packed, is_packed, packed_layer
+from kron_hf.checkpoint.stored import StoredTensor, check_dtype
 from kron_hf.escaping import one_line, plain, shorten, shown
 from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates
 
-__all__ = ["StoredTensor", "check_dtypes", "check_layer", "check_places", "check_unmapped", "read_headers"]
-
-FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
-
-
-class StoredTensor(NamedTuple):
-    """What the header of a file says of one tensor."""
-
-    file: str
-    shape: list[int]
-    dtype: str
+__all__ = ["check_dtypes", "check_layer", "check_places", "check_unmapped", "read_headers"]
 
 
 def check_places(files: list[str], folder: str) -> None:
@@ -57,7 +48,7 @@ def read_headers(files: list[str]) -> dict[str, StoredTensor]:
             with safe_open(path, framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118
                     tensor = handle.get_slice(key)
-                    stored[key] = StoredTensor(file, tensor.get_shape(), tensor.get_dtype())
+                    stored[key] = StoredTensor(file, tensor.get_shape(), tensor.get_dtype(), path)
         except SafetensorError as error:
             reason = one_line(str(error))
             raise ValueError(f"{file}: not a readable safetensors file, perhaps truncated ({reason})") from error
@@ -79,15 +70,23 @@ def check_unmapped(stored: Mapping[str, StoredTensor], mapped: set[str]) -> None
         ValueError: There are factors of another module.
     """
     for key, tensor in stored.items():
-        name = key.removesuffix(".s")
-        if name != key and name not in mapped and {f"{name}.a", f"{name}.b"} <= stored.keys():
+        compact = packed_layer(key)
+        name = compact or key.removesuffix(".s")
+        others = {f"{name}.b"} if compact else {f"{name}.a", f"{name}.b"}
+        if name != key and name not in mapped and others <= stored.keys():
             raise ValueError(
                 f"config.json: {tensor.file} holds Kronecker factors of {shown(name)}, which the map does not name"
             )
 
 
 def check_layer(
-    stored: Mapping[str, StoredTensor], name: str, in_map: str, layer: KronLayer | KronCandidates, files: list[str]
+    stored: Mapping[str, StoredTensor],
+    name: str,
+    in_map: str,
+    layer: KronLayer | KronCandidates,
+    files: list[str],
+    *,
+    compact: bool = False,
 ) -> None:
     """Compares an expected layer with what the files hold.
 
@@ -97,17 +96,25 @@ def check_layer(
         in_map: The name that the map gives it.
         layer: The layer, on the meta device.
         files: The weight files, for errors.
+        compact: Whether its factors may be stored without their zeros.
 
     Raises:
         ValueError: A tensor is missing, or has another shape or no floating-point dtype.
     """
     tensors = layer.state_dict()
+    factors = [key.rpartition(".") for key in tensors if key.rpartition(".")[2] == "s"]
+    inner = [f"{prefix}{dot}" for prefix, dot, _ in factors]  # of candidates, too
     # The backbone inside a headed model, saved by itself, writes its own tensor names beside the whole map.
-    here = any(f"{name}.{key}" in stored for key in tensors if key.rpartition(".")[2] == "s")
+    here = any(f"{name}.{prefix}s" in stored or is_packed(stored, f"{name}.{prefix}"[:-1]) for prefix in inner)
     module_name = name if here else in_map
+    packed: set[str] = set()
+    for prefix in inner if compact else ():
+        if is_packed(stored, f"{module_name}.{prefix}"[:-1]):
+            check_packed(stored, f"{module_name}.{prefix}"[:-1], list(tensors[f"{prefix}a"].shape))
+            packed |= {f"{prefix}s", f"{prefix}a"}
     for key, expected in tensors.items():
         full = f"{module_name}.{key}"
-        if full not in stored and not expected.numel():
+        if key in packed or (full not in stored and not expected.numel()):
             continue  # the empty weight: Accelerate's files leave it out
         if full not in stored:
             listed = shorten(", ".join(map(_label, files)), 300)
@@ -119,7 +126,7 @@ def check_dtypes(stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> 
     """Refuses integers where the model has floating-point parameters; transformers would load them as they are."""
     for name, parameter in model.named_parameters():
         if name in stored and parameter.is_floating_point():
-            _check_dtype(name, stored[name])
+            check_dtype(name, stored[name])
 
 
 def _check_tensor(name: str, tensor: StoredTensor, shape: list[int]) -> None:
@@ -127,14 +134,7 @@ def _check_tensor(name: str, tensor: StoredTensor, shape: list[int]) -> None:
         raise ValueError(
             f"{tensor.file}: tensor {shown(name)} has shape {shown(tensor.shape)}, config.json requires {shape}"
         )
-    _check_dtype(name, tensor)
-
-
-def _check_dtype(name: str, tensor: StoredTensor) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{tensor.file}: tensor {shown(name)} has dtype {tensor.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
-        )
+    check_dtype(name, tensor)
 
 
 def _check_place(path: str, folder: str) -> None:

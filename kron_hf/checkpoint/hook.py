@@ -2,8 +2,9 @@
 
 transformers lets third parties load layers of their own through its quantizer hook. `config.json` then holds
 `quantization_config = {"quant_method": "kron", "format_version": 1, "modules": {name: {"block_size", "rank"}}}`:
-the resolved map (see `module_map`), so that loading never matches a pattern. Private attributes of transformers are
-touched in this file and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
+the resolved map (see `module_map`), so that loading never matches a pattern. Version 2 differs in the weight files
+alone, see `compact`; models save themselves in version 1. Private attributes of transformers are touched in this file
+and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
 """
 
 # transformers does not annotate this extension point as it is used.
@@ -12,7 +13,6 @@ touched in this file and in no other: `_weight_conversions`, `_is_quantized`, `_
 
 import copy
 from itertools import chain
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kron_hf.checkpoint.cache import check_cached_files
 from kron_hf.checkpoint.claims import check_config, check_elements
+from kron_hf.checkpoint.compact import stored_elements, unpacking
 from kron_hf.checkpoint.files import check_dtypes, check_layer, check_places, check_unmapped, read_headers
 from kron_hf.escaping import shown
 from kron_hf.kron_kinds import kron_kind
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 QUANT_METHOD = "kron"
-FORMAT_VERSION = 1
+FORMAT_VERSION, COMPACT_VERSION = 1, 2
 # transformers refuses to build a model whose config names an unknown fusion. The quantizer below takes the entry out
 # again, so that exactly those who did not import kron_hf are stopped, whatever they pass to `from_pretrained`.
 GUARD_PREFIX = "kron_hf"
@@ -70,10 +71,10 @@ class KronCheckpointConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"config.json: quantization_config.format_version must be an int, got {shown(format_version)}"
             )
-        if format_version > FORMAT_VERSION:
+        if format_version > COMPACT_VERSION:
             raise ValueError(
                 f"config.json: quantization_config.format_version is {shown(format_version)}, this kron_hf reads up to "
-                f"{FORMAT_VERSION}; upgrade kron_hf"
+                f"{COMPACT_VERSION}; upgrade kron_hf"
             )
         if unknown:
             raise ValueError(f"config.json: quantization_config has unknown keys {shown(sorted(unknown))}")
@@ -124,15 +125,21 @@ class KronHfQuantizer(HfQuantizer):
         for name, (in_map, entry) in modules.items():
             layers[name] = _empty_layer(model, name, entry)
             if files is not None:  # one by one: an entry may claim many candidates
-                check_layer(stored, name, in_map, layers[name], files)
+                check_layer(stored, name, in_map, layers[name], files, compact=self._is_compact)
         for name, layer in layers.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         if files is not None:
             check_dtypes(stored, model)
-            check_elements(
-                chain(model.parameters(), model.buffers()), sum(prod(tensor.shape) for tensor in stored.values())
-            )
+            check_elements(chain(model.parameters(), model.buffers()), stored_elements(stored))
+
+    def get_weight_conversions(self) -> list[Any]:
+        """How tensors of the files become those of the model; asked after the model was prepared."""
+        return unpacking() if self._is_compact else []
+
+    @property
+    def _is_compact(self) -> bool:
+        return self.quantization_config.format_version == COMPACT_VERSION
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in model.named_modules():

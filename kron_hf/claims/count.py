@@ -9,7 +9,7 @@ from torch import nn
 
 from kron_hf.escaping import shown
 from kron_hf.factors import to_blocks
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import converted_layers
 from kron_hf.summary import KronSummary, kron_summary, model_flops
 from kron_hf.surgery import to_dense
@@ -99,13 +99,13 @@ def zeros_of(model: nn.Module) -> dict[str, LayerZeros]:
     return {
         name: LayerZeros(int((~layer.block_mask).sum()), _exact_zeros(layer))
         for name, layer in converted_layers(model).items()
-        if isinstance(layer, KronLinear)
+        if isinstance(layer, KronLayer)
     }
 
 
 @torch.no_grad()
 def merge_difference(model: nn.Module) -> float:
-    """Largest difference between a layer and its merged `nn.Linear`, on random inputs, in float64.
+    """Largest difference between a layer and its merged dense twin, on random inputs, in float64.
 
     Relative to the largest output of the layer; over all layers. NaN if a factor is not finite.
     """
@@ -113,14 +113,26 @@ def merge_difference(model: nn.Module) -> float:
     worst = torch.zeros((), dtype=torch.float64)
     for layer in converted_layers(model).values():
         exact = copy.deepcopy(layer).cpu().double().eval()
-        x = torch.randn(TOKENS, exact.in_features, generator=generator, dtype=torch.float64)
-        merged = exact.to_linear()(x)
+        dense = exact.to_dense()
+        x = torch.randn(TOKENS, *_input_shape(dense), generator=generator, dtype=torch.float64)
+        merged = dense(x)
         scale = merged.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         worst = torch.maximum(worst, (exact(x) - merged).abs().max() / scale)  # keeps NaN
     return worst.item()
 
 
-def _exact_zeros(layer: KronLinear) -> int:
+def _input_shape(dense: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Of one input; for a convolution the least that is longer than the kernel and its padding."""
+    if isinstance(dense, nn.Linear):
+        return (dense.in_features,)
+    reaches = [
+        dilation * (size - 1) + stride + 1
+        for size, stride, dilation in zip(dense.kernel_size, dense.stride, dense.dilation, strict=True)
+    ]
+    return (dense.in_channels, *reaches)
+
+
+def _exact_zeros(layer: KronLayer) -> int:
     blocks = to_blocks(layer.dense_weight(), layer.block_size)
     return int((blocks[~layer.block_mask.flatten()] == 0).all(1).sum())
 

@@ -116,7 +116,7 @@ class _Compression:
             others=self.others,
             other_images=self.options.comparison.ood_images,
         )
-        settings = self.options.compression.conversion()
+        settings = self.options.conversion()
         publish(model, self.task, comparison, base=self.options.dense.model, settings=settings)
         self.record.finish(comparison.to_dict())
         self.stages.remove()

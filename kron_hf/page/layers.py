@@ -9,7 +9,7 @@ from torch import nn
 
 from kron_hf.escaping import plain
 from kron_hf.factors import block_norms
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.page.png import MAX_CELLS, heatmap
 from kron_hf.selection.candidates import converted_layers
 from kron_hf.summary import KronSummary, LayerSummary
@@ -25,7 +25,7 @@ class LayerPicture:
 
     Attributes:
         png: The picture.
-        shape: `(out_features, in_features)`.
+        shape: `(out, in)`, of a convolution its channels.
         blocks: `(O, I)`.
         norm: Frobenius norm of W.
         norms: Smallest and largest norm of a living block.
@@ -42,7 +42,7 @@ class LayerPicture:
 def layer_pictures(model: nn.Module) -> dict[str, LayerPicture]:
     """Pictures of the Kronecker layers by name; not of layers whose block size is being selected."""
     layers = converted_layers(model).items()
-    return {name: _picture(layer) for name, layer in layers if isinstance(layer, KronLinear)}
+    return {name: _picture(layer) for name, layer in layers if isinstance(layer, KronLayer)}
 
 
 def draw_layer(layer: LayerSummary, picture: LayerPicture | None) -> str:
@@ -64,14 +64,14 @@ def layer_table(summary: KronSummary) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _picture(layer: KronLinear) -> LayerPicture:
+def _picture(layer: KronLayer) -> LayerPicture:
     layer = layer.cpu()
     alive = layer.block_mask
     norms = block_norms(layer.masked_s().float(), layer.a.float(), layer.b.float())
     living = norms[alive]
     return LayerPicture(
         png=heatmap(norms, alive),
-        shape=(layer.out_features, layer.in_features),
+        shape=(layer.weight_shape[0], layer.weight_shape[1]),
         blocks=(layer.out_blocks, layer.in_blocks),
         norm=norms.square().sum().sqrt().item(),
         norms=(living.min().item(), living.max().item()) if len(living) else (0.0, 0.0),

@@ -55,7 +55,7 @@ def kron_summary(model: nn.Module) -> KronSummary:
     alive = dict(zip(parts, masks, strict=True))
     layers = {name or type(model).__name__: layer for name, layer in layers.items()}
     counted = [_summarize(name, layer, alive) for name, layer in layers.items()]
-    single = {name: alive[layer] for name, layer in layers.items() if isinstance(layer, KronLinear)}
+    single = {name: alive[layer] for name, layer in layers.items() if isinstance(layer, KronLayer)}
     return summarize_model(model, counted, layers.values(), of="converted layers", masks=single)
 
 

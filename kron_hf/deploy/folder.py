@@ -1,0 +1,59 @@
+"""The directory of an export: it appears whole or not at all, and takes the place of nothing but another export."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kron_hf.deploy.report import ExportReport
+from kron_hf.trainer.whole_files import publish_directory, saving_errors, unfinished
+
+__all__ = ["RECORD", "check_target", "whole_directory", "write_record"]
+
+RECORD = "kron_export.json"
+
+
+def check_target(directory: Path, *, overwrite: bool) -> None:
+    """Refuses to write over anything but an earlier export, and over that unless it may be lost.
+
+    Raises:
+        FileExistsError: The directory is a file, or holds something.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"the output directory {directory} is a file")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / RECORD).is_file():
+        raise FileExistsError(
+            f"the output directory {directory} is not empty and was not written by an export; name another one"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"the output directory {directory} holds an export; overwrite=True (--overwrite) replaces it"
+        )
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Gives a new directory to write into, which in the end takes the name of the other; after an error it is removed.
+
+    Raises:
+        OSError: Something cannot be written.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = unfinished(directory)
+    shutil.rmtree(staging, ignore_errors=True)  # a killed export left it
+    staging.mkdir()
+    try:
+        with saving_errors(staging, directory):
+            yield staging
+            publish_directory(staging, directory)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_record(folder: Path, report: ExportReport) -> None:
+    """Writes the figures beside the files, by which the next export knows the directory for one of ours."""
+    (folder / RECORD).write_text(f"{json.dumps(report.to_dict(), indent=2)}\n", encoding="utf-8")
