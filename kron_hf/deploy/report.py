@@ -1,11 +1,12 @@
 """What an export has written, and how it compares."""
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from kron_hf.layers import KronLinear
+from kron_hf.kron_layer import KronLayer
 from kron_hf.selection.candidates import KronCandidates, converted_layers
 
 __all__ = ["ExportReport", "dense_bytes", "stored_bytes"]
@@ -76,6 +77,6 @@ def dense_bytes(model: nn.Module) -> int:
     return stored_bytes(model) - own + biases + sum(map(_weight_bytes, layers))
 
 
-def _weight_bytes(layer: KronLinear | KronCandidates) -> int:
+def _weight_bytes(layer: KronLayer | KronCandidates) -> int:
     """Size of W."""
-    return layer.in_features * layer.out_features * layer.weight.element_size()
+    return prod(layer.weight_shape) * layer.weight.element_size()
