@@ -196,6 +196,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.DEBUG)
     logging.getLogger("huggingface_hub").setLevel(logging.DEBUG)
     logging.getLogger("transformers").setLevel(logging.DEBUG)
+    logging.getLogger("matplotlib").setLevel(logging.INFO)  # it tells its own folders
     real_sleep = time.sleep
     time.sleep = lambda seconds: real_sleep(min(seconds, 0.02))  # the waits between attempts are not what is tested
     torch.set_num_threads(1)

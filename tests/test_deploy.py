@@ -108,7 +108,8 @@ def test_a_dense_result_in_a_process_without_kron_hf(source):
 def test_files_of_an_export(source):
     names = {kind: sorted(path.name for path in (source / kind).iterdir()) for kind in ("dense", "compact")}
     files = ["config.json", "kron_export.json", "model.safetensors", "preprocessor_config.json"]
-    assert names == {"dense": files, "compact": ["README.md", *files]}
+    card = ["README.md", "kron_claims.json", "kron_masks.png"]
+    assert names == {"dense": files, "compact": sorted([*card, *files])}
     record = json.loads((source / "dense" / "kron_export.json").read_text())
     assert record["bytes"] == (source / "dense" / "model.safetensors").stat().st_size
     assert record["max_difference"] <= 1e-6 * record["output_scale"]

@@ -141,15 +141,19 @@ def test_card(kron, tmp_path, name):
     assert_clean(text)
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
     metadata = yaml.safe_load(front)
-    assert metadata.keys() == {"library_name", "tags", "model-index"}
+    assert metadata.keys() == {"library_name", "tags", "metrics", "model-index"}
     assert len(metadata["model-index"][0]["results"][0]["metrics"]) == 1
     prose = outside_of_code(body)
-    assert "<" not in prose.replace("<!-- written by kron_hf -->", "")
-    assert len(re.findall(r"(?<!\\)\]\(", prose)) == 1  # the link to the paper
+    ours = re.findall(r"<!-- [a-z_ :/]+ -->", prose)
+    assert ours == ["<!-- written by kron_hf -->", "<!-- kron_hf: figures -->", "<!-- /kron_hf: figures -->"]
+    assert prose.count("<") == 3
+    assert re.findall(r"(?<!\\)\]\(([^)]*)", prose) == ["https://arxiv.org/abs/2503.21928", "kron_masks.png"]
     assert prose.count("://") == 1
-    assert sum(line.startswith("#") for line in prose.split("\n")) == 1
+    _, *headings = [line for line in prose.split("\n") if line.startswith("#")]
+    assert headings == ["## Figures", "## Training", "## Limits", "## Check it", "## Licence"]
     rows = [line for line in prose.split("\n") if line.startswith("|")]
-    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3, 3, 3]
+    counts = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    assert counts == [3] * 3 + [5] * (len(rows) - 3)
 
 
 def test_masks(kron, tmp_path):

@@ -140,6 +140,6 @@ def test_the_card_of_a_sharded_model_is_written_without_counting(tmp_path, monke
     """Under FSDP the main process is alone here: a collective would wait for ever."""
     trainer = KronTrainer(build(), arguments(tmp_path))
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    monkeypatch.setattr("kron_hf.model_card.kron_summary", lambda model: pytest.fail("counted"))
+    monkeypatch.setattr("kron_hf.model_card.usage.kron_summary", lambda model: pytest.fail("counted"))
     trainer.create_model_card(model_name="tiny")
     assert "import kron_hf" in (tmp_path / "README.md").read_text()

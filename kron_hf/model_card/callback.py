@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kron_hf.callbacks import sparsity_arguments
 from kron_hf.model_card.card import write_model_card
 from kron_hf.model_card.training import public_settings
 from kron_hf.sharding import is_sharded
 from kron_hf.sparsity.pruning import kron_layers
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # it imports datasets
 
 __all__ = ["ModelCardCallback"]
 
@@ -74,7 +77,7 @@ class ModelCardCallback(TrainerCallback):
             **card,
         )
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: "Trainer") -> None:
         """Lets the card of a stock Trainer be this one, also in what it pushes to the Hub."""
         theirs: Callable[..., None] = trainer.create_model_card
 
