@@ -134,6 +134,7 @@ run.save_model(out)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_continues_in_the_middle(whole, tmp_path):
     run = whole["validation"]
     command = [sys.executable, "-c", CONTINUE, str(Path(__file__).parent), folder_of(run, 8), str(tmp_path)]

@@ -22,7 +22,7 @@ def run_example(name, *arguments):
     ("name", "budget"),
     [
         pytest.param("train_with_trainer.py", ["--max-steps", 40], id="trainer"),
-        pytest.param("train_with_accelerate.py", ["--epochs", 2], id="accelerate"),
+        pytest.param("train_with_accelerate.py", ["--epochs", 2], id="accelerate", marks=pytest.mark.slow),
     ],
 )
 def test_example_trains_saves_and_reports_what_it_saved(name, budget, tmp_path):

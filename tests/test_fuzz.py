@@ -79,7 +79,7 @@ def check_adapters(first: int, count: int, figures: Callable[[str], None]) -> No
 
 
 def test_damaged_checkpoints(figures):
-    check_checkpoints(0, 240, figures)
+    check_checkpoints(0, 120, figures)
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_damaged_checkpoints_in_selection(figures):
 
 
 def test_damaged_adapters(figures):
-    check_adapters(0, 60, figures)
+    check_adapters(0, 40, figures)
 
 
 @pytest.mark.slow

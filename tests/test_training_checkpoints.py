@@ -96,6 +96,7 @@ def test_load_best_model_at_end_restores_every_tensor(tmp_path):
     assert_equal(model.state_dict(), AutoModelForImageClassification.from_pretrained(best).state_dict())
 
 
+@pytest.mark.slow
 def test_trainer_on_a_compiled_model(tmp_path):
     plain, compiled = build(), build()
     Trainer(plain, arguments(tmp_path / "plain", max_steps=2), train_dataset=Images()).train()
