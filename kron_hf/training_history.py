@@ -1,13 +1,12 @@
 """The curves of a training: what Trainer logged, from its state or from `trainer_state.json`."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kron_hf.escaping import one_line
+from kron_hf.bounded_json import read_bounded_json
 
 __all__ = ["Curves", "curves_of", "read_history"]
 
@@ -48,12 +47,7 @@ def read_history(directory: Path) -> list[Any]:
     file = next((path for path in places if path.is_file()), None)
     if file is None:
         return []
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{STATE} has {file.stat().st_size} bytes, at most {MAX_BYTES} are read")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{STATE} is no JSON: {one_line(str(error))}") from error
+    content = read_bounded_json(file, MAX_BYTES)
     history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list):
         raise ValueError(f"{STATE} must hold an object with a list log_history")

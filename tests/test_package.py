@@ -31,6 +31,7 @@ ORDER = [
         "weight_reads",
         "sharding",
         "data",
+        "bounded_json",
         "training_history",
     },
     {"peft_type", "module_map", "ops", "config_checks"},

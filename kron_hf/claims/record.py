@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kron_hf.bounded_json import read_bounded_json
 from kron_hf.claims.files import FileClaim
-from kron_hf.escaping import one_line, shown
+from kron_hf.escaping import shown
 
 __all__ = ["CLAIMS_FILE", "Claims", "MetricClaim", "read_claims", "write_claims"]
 
@@ -105,13 +106,7 @@ def read_claims(directory: Path) -> Claims:
         raise FileNotFoundError(
             f"there is no {CLAIMS_FILE}: the card of this model makes no claims that can be checked"
         )
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{CLAIMS_FILE} has {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{CLAIMS_FILE} is no JSON: {one_line(str(error))}") from error
-    return Claims.from_dict(values)
+    return Claims.from_dict(read_bounded_json(path, MAX_BYTES))
 
 
 def _check_object(values: Any) -> None:
