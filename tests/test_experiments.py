@@ -98,6 +98,15 @@ def test_searching_reads_no_test_image_and_runs_repeat():
     assert first["validation_accuracy"] != execute(a_run(KRON, phase="search", seed=1))["validation_accuracy"]
 
 
+def test_a_candidate_may_have_its_own_rate_of_a_and_b():
+    plain, same, other = (
+        execute(a_run(replace(KRON, options=options), phase="search"))
+        for options in ((), (("factor_lr", 4.0),), (("factor_lr", 1.0),))
+    )
+    assert same["validation_accuracy"] == plain["validation_accuracy"] != other["validation_accuracy"]
+    assert other["options"] == {"factor_lr": 1.0}
+
+
 def test_a_run_that_diverges_is_a_row_and_counts_as_worst():
     row = execute(a_run(DENSE, learning_rate=1e30))
     assert (row["diverged"], row["validation_accuracy"], row["test_accuracy"]) == (True, 0.0, None)

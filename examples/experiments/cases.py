@@ -47,7 +47,7 @@ class Candidate:
         block_size: `(out, in)`; None for dense.
         rank: Of Kronecker layers.
         target_sparsity: Share of entries in zero blocks to end with; None where `options` hold an `l1`.
-        options: Further arguments of the method's class, by name.
+        options: Further arguments of the method's class, by name, or the `factor_lr` of `kron_param_groups`.
     """
 
     method: str
@@ -115,7 +115,7 @@ class Run:
         candidate: What is trained.
         phase: `"search"` reads validation images alone; `"final"` reads the test images, once.
         steps: Optimizer steps.
-        learning_rate: Base rate; A and B of Kronecker layers get four times as much.
+        learning_rate: Base rate; A and B of Kronecker layers get four times as much, or `factor_lr` times.
         seed: Of weights and order of images.
     """
 

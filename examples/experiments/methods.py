@@ -72,7 +72,7 @@ def prepare(candidate: Candidate, model_name: str, size: int, classes: int, tota
 
 
 def _make_pruner(candidate: Candidate, model: nn.Module, config: KronConfig, total_steps: int) -> Pruner | None:
-    options: dict[str, Any] = dict(candidate.options)
+    options: dict[str, Any] = {name: value for name, value in candidate.options if name != "factor_lr"}
     if candidate.target_sparsity is not None:
         options["target_sparsity"] = candidate.target_sparsity
     if candidate.method in BASELINES:

@@ -50,9 +50,15 @@ def _at_nonzeros(
     model: str, budget: int, shapes: list[tuple[Block, int]], blocks: list[Block], table: str = "nonzeros"
 ) -> list[Case]:
     """A case for each method; its candidates are the shapes that can have so many nonzeros."""
-    menus = [[Candidate(method="kron", block_size=block, rank=rank) for block, rank in shapes]]
-    menus += [[Candidate(method=method, block_size=block) for block in blocks] for method in BASELINES]
+    baselines = [[Candidate(method=method, block_size=block) for block in blocks] for method in BASELINES]
+    menus = [[_kron(block, rank, None) for block, rank in shapes], *baselines]
     return [Case(table=table, column=budget, candidates=_meeting(budget, model, menu)) for menu in menus]
+
+
+def _at_one_rate(model: str, budget: int, shapes: list[tuple[Block, int]]) -> Case:
+    """The Kronecker case of `_at_nonzeros`, A and B at the rate of all other parameters."""
+    menu = [_kron(block, rank, None, factor_lr=1.0) for block, rank in shapes]
+    return Case(table="nonzeros", column=budget, candidates=_meeting(budget, model, menu))
 
 
 def _meeting(budget: int, model: str, menu: list[Candidate]) -> tuple[Candidate, ...]:
@@ -108,6 +114,7 @@ def _mlp() -> Experiment:
     straight = [_kron(*shape, sparsity, regrowth="straight_through") for shape in shapes[:2] for sparsity in SPARSITIES]
     grouped = [_kron((8, 8), 2, sparsity, group_penalty=0.5, groups="both") for sparsity in SPARSITIES]
     grouped += [_kron((8, 8), 2, 0.8, group_penalty=0.75, groups="rows")]
+    one_rate = [_kron(*shape, sparsity, factor_lr=1.0) for shape in shapes[:2] for sparsity in SPARSITIES]
     squares: list[tuple[Block, int]] = [((8, 8), 1), ((8, 8), 2), ((8, 8), 4)]
     menu: list[tuple[Block, int]] = [*squares[1:], ((4, 8), 2), ((8, 56), 4)]
     budgets = []
@@ -127,7 +134,7 @@ def _mlp() -> Experiment:
             *_at_sparsity(*krons),
             *budgets,
             *_baselines([(8, 8), (4, 4)], SPARSITIES),
-            *_at_sparsity(*straight, *grouped),
+            *_at_sparsity(*straight, *grouped, *one_rate),
             *_l1([((8, 8), 2), ((4, 4), 4)], (3.0, 10.0, 30.0)),
         ),
         pictured=_kron((8, 8), 2, 0.8),
@@ -137,22 +144,23 @@ def _mlp() -> Experiment:
 def _vit() -> Experiment:
     """4 layers of width 128, every attention and MLP projection compared."""
     krons = [_kron((4, 8), 4, sparsity) for sparsity in (0.5, 0.8, 0.9, 0.0)]
+    shapes: list[tuple[Block, int]] = [((4, 8), 4), ((8, 8), 4), ((4, 16), 8)]
     return Experiment(
         recipe=Recipe(experiment="vit_fashion_mnist", data="fashion_mnist", model="vit", train_images=20_000),
         steps=1248,
         search_steps=416,
-        learning_rates=(5e-4, 1e-3, 2e-3),
-        rate_limits=(1.25e-4, 8e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        rate_limits=(2.5e-4, 8e-3),
         seeds=SEEDS,
         seconds=130.0,
         cases=(
             *DENSE,
             *_at_sparsity(*krons[:1]),
             # What 50 % of (4, 8) at rank 4 come to; three shapes for each method.
-            *_at_nonzeros("vit", 47_600, [((4, 8), 4), ((8, 8), 4), ((4, 16), 8)], [(4, 8), (2, 4), (2, 2)]),
-            *_at_sparsity(*krons[1:]),
-            *_at_sparsity(_kron((8, 8), 2, 0.5)),
+            *_at_nonzeros("vit", 47_600, shapes, [(4, 8), (2, 4), (2, 2)]),
+            _at_one_rate("vit", 47_600, shapes),
             *_baselines([(4, 8)], SPARSITIES[:1]),
+            *_at_sparsity(*krons[1:]),
         ),
         pictured=_kron((4, 8), 4, 0.5),
     )

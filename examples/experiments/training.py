@@ -61,7 +61,8 @@ def execute(run: Run, *, keep_masks: bool = False) -> dict[str, Any]:
 def train(prepared: Prepared, data: ImageTensors, run: Run) -> bool:
     """Trains in place; False, early, if the loss is no longer finite."""
     model = prepared.model.train()
-    groups = kron_param_groups(model, run.learning_rate, weight_decay=run.recipe.weight_decay)
+    rates = {name: value for name, value in run.candidate.options if name == "factor_lr"}
+    groups = kron_param_groups(model, run.learning_rate, weight_decay=run.recipe.weight_decay, **rates)
     optimizer = torch.optim.AdamW(groups, fused=True)
     if prepared.pruner is not None:
         prepared.pruner.attach(optimizer)
