@@ -206,6 +206,14 @@ def test_refusals(tmp_path, model, options, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_is_refused_by_the_command(source, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(["export", str(tmp_path / "adapter"), "--to", "dense", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "is an adapter; export what merge_and_unload() makes of it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_exporter_is_named(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
