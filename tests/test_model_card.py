@@ -126,6 +126,9 @@ def test_bad_arguments(model, tmp_path):
         write_model_card(model, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="need dataset="):
         write_model_card(model, tmp_path, metrics={"accuracy": 1.0})
+    with pytest.raises(ValueError, match="metrics must be finite numbers, got 'loss': nan"):
+        write_model_card(model, tmp_path, dataset="digits", metrics={"accuracy": 1.0, "loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_empty_template_of_peft_is_replaced_but_not_a_card_that_someone_filled_in(tmp_path):

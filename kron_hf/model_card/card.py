@@ -18,6 +18,7 @@ from torch import nn
 from kron_hf.claims import Claims, MetricClaim, claimed_files, count, file_claim, merge_difference, write_claims
 from kron_hf.claims.count import frozen_names
 from kron_hf.claims.files import CARD, is_weights
+from kron_hf.claims.record import is_finite_number
 from kron_hf.escaping import printable
 from kron_hf.model_card.curves import draw_curves
 from kron_hf.model_card.figures import figures_section
@@ -86,13 +87,15 @@ def write_model_card(
     Raises:
         NotADirectoryError: `directory` is none.
         FileExistsError: There is a README.md from elsewhere.
-        ValueError: Metrics without a data set, or a licence that is no abbreviation.
+        ValueError: Metrics without a data set or that are not finite, or a licence that is no abbreviation.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise NotADirectoryError(f"a model card needs the directory of a saved model, got {str(directory)!r}")
     if metrics and not dataset:
         raise ValueError(f"metrics {dict(metrics)} need dataset=, the name of the data they were measured on")
+    if wrong := [key for key, value in (metrics or {}).items() if not is_finite_number(float(value))]:
+        raise ValueError(f"metrics must be finite numbers, got {wrong[0]!r}: {dict(metrics or {})[wrong[0]]}")
     path = directory / CARD
     if path.exists() and not overwrite and not _is_nobodys(path.read_text(encoding="utf-8")):
         raise FileExistsError(f"{path} exists and was not written by kron_hf; pass overwrite=True to replace it")
