@@ -116,14 +116,18 @@ def layers_named(*names):
     return kron_summary(model)
 
 
+def test_a_stage_tells_the_range_of_its_sparsities(saved):
+    assert "<summary><b>vit.layers.0</b> 6 layers, sparsity 0.06 to 0.12</summary>" in saved[2]
+
+
 def test_layers_of_a_stage_are_together():
     page = draw_grid(layers_named("head", "net.0.fc1", "net.0.mlp.1.fc", "net.1.fc1", "net.fc"), {})
     stages = re.findall("<summary><b>(.*?)</b> (.*?)</summary>", page)
     assert stages == [
-        ("", "1 layer, sparsity 0.00 to 0.00"),
-        ("net.0", "2 layers, sparsity 0.00 to 0.00"),
-        ("net.1", "1 layer, sparsity 0.00 to 0.00"),
-        ("net", "1 layer, sparsity 0.00 to 0.00"),
+        ("", "1 layer, sparsity 0.00"),
+        ("net.0", "2 layers, sparsity 0.00"),
+        ("net.1", "1 layer, sparsity 0.00"),
+        ("net", "1 layer, sparsity 0.00"),
     ]
 
 

@@ -283,6 +283,14 @@ def test_claims_of_wrong_types_are_refused(saved, change, message):
         verify(str(saved))
 
 
+def test_figures_that_another_version_wrote_otherwise_say_so(saved):
+    _replace_in_card(saved, "| trained parameters |", "| trained params |")
+    _change_claims(saved, lambda c: c.update(kron_hf="0.0.0\x1b[31m"))
+    _forge_files(saved)
+    (claim,) = [name for name in failures(saved) if name.startswith("figures in the card")]
+    assert claim.startswith(r"figures in the card (of kron_hf 0.0.0\x1b[31m; kron_hf ")
+
+
 def _name_other_weights(folder):
     """What `config.json` may do: transformers then passes `model.safetensors` over."""
     (folder / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())

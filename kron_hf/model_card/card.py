@@ -119,7 +119,7 @@ def write_model_card(
     weights = {file: file_claim(directory / file) for file in claimed_files(directory) if is_weights(file)}
     front = card_data(model, name, measured, base_model=stated["base_model"], license=license)
     figures = figures_section(summary, whole, weights, measured)
-    _save(path, _render(model, name, front.to_yaml(), figures, drawn, stated, weights, report))
+    _save(path, _render(model, name, front.to_yaml(), figures, drawn, stated, weights, report, bool(measured)))
     claims = Claims(
         kron_hf=version("kron_hf"),
         model_class=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
@@ -187,6 +187,7 @@ def _render(
     stated: Mapping[str, Any],
     weights: Mapping[str, Any],
     report: str | None,
+    is_measured: bool,
 ) -> str:
     introduction, loading = usage(model, name)
     latency = stated["latency"]
@@ -209,7 +210,7 @@ def _render(
         settings=_settings(stated["training"]),
         versions=", ".join(f"{package} {number}" for package, number in stated["versions"].items()),
         commit=_in_code(stated["commit"]),
-        limits=_limits(latency is not None),
+        limits=_limits(is_measured, latency is not None),
         verification=fenced(_command(name, weights), "sh"),
         licence=_licence(stated),
     )
@@ -227,9 +228,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _limits(is_timed: bool) -> list[str]:
+def _limits(is_measured: bool, is_timed: bool) -> list[str]:
     limits = [
-        "It was measured on the data named above and on nothing else; what it does with other images is not known.",
+        "It was measured on the data named above and on nothing else; what it does with other data is not known."
+        if is_measured
+        else "How good it is was not measured.",
         "It needs `kron_hf` to load. `kron_hf.to_dense(model)` gives plain layers, as large as the dense ones.",
     ]
     if not is_timed:

@@ -59,5 +59,6 @@ def _stage(name: str) -> str:
 
 def _about(layers: list[LayerSummary]) -> str:
     count = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
-    known = [layer.sparsity for layer in layers if layer.sparsity is not None]
-    return f"{count}, sparsity {min(known):.2f} to {max(known):.2f}" if known else count
+    known = [f"{layer.sparsity:.2f}" for layer in layers if layer.sparsity is not None]
+    ends = dict.fromkeys((min(known), max(known))) if known else ()
+    return f"{count}, sparsity {' to '.join(ends)}" if ends else count

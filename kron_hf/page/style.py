@@ -32,6 +32,7 @@ dt { color: var(--soft); white-space: nowrap } dd { margin: 0; text-align: right
 .wide { overflow-x: auto; border: 1px solid var(--rule); border-radius: .5rem }
 table { border-collapse: collapse; font-size: .8rem; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule) }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal;
+  min-width: 12rem; max-width: 52vw }
 tbody th { font-weight: normal } tfoot th, tfoot td { font-weight: bold; border-bottom: 0 }
 """

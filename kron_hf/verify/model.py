@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from kron_hf.claims import Claims, FileClaim, count, merge_difference, set_frozen, zeros_of
 from kron_hf.claims.files import CARD
 from kron_hf.claims.record import is_finite_number
-from kron_hf.escaping import one_line, shown
+from kron_hf.escaping import one_line, plain, shown
 from kron_hf.model_card.card import MERGE_TOLERANCE
 from kron_hf.model_card.figures import figures_section, find_figures
 from kron_hf.summary import KronSummary
@@ -82,7 +83,7 @@ def check_card(
     except (OSError, UnicodeDecodeError) as error:
         return [failed("figures in the card", one_line(str(error)))]
     written, again = find_figures(card), figures_section(summary, whole, files, claims.metrics)
-    return [_figures(written, again), _metadata(card, claims)]
+    return [_figures(written, again, claims.kron_hf), _metadata(card, claims)]
 
 
 def _layers(claimed: list[dict[str, Any]], found: list[dict[str, Any]]) -> Check:
@@ -119,7 +120,7 @@ def _whole_difference(model: nn.Module) -> float | None:
     return difference.item()
 
 
-def _figures(written: str | None, again: str) -> Check:
+def _figures(written: str | None, again: str, writer: str) -> Check:
     what = "figures in the card"
     if written is None:
         return failed(what, "the card has no such part, or several")
@@ -127,6 +128,8 @@ def _figures(written: str | None, again: str) -> Check:
         return Check(what, "those counted", "the same", True)
     pairs = zip_longest(written.splitlines(), again.splitlines(), fillvalue="")
     theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    if writer != (own := version("kron_hf")):
+        what += f" (of kron_hf {plain(writer)}; kron_hf {own} may write them otherwise)"
     return Check(what, theirs, ours, False)
 
 
