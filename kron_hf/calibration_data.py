@@ -91,7 +91,7 @@ def _collate_for(model: nn.Module, *, with_labels: bool) -> Callable[[list[Any]]
     def collate(examples: list[Any]) -> Any:
         first = [each[0] if isinstance(each, tuple | list) else each for each in examples]
         if not isinstance(first[0], Mapping):
-            return default_collate(first)
+            return _stacked(first)
         columns = [{name: value for name, value in each.items() if name in columns_taken} for each in first]
         if not columns[0]:
             raise ValueError(
@@ -101,3 +101,13 @@ def _collate_for(model: nn.Module, *, with_labels: bool) -> Callable[[list[Any]]
         return default_data_collator(columns)
 
     return collate
+
+
+def _stacked(examples: list[Any]) -> Any:
+    try:
+        return default_collate(examples)
+    except TypeError as error:
+        raise TypeError(
+            f"calibration_data holds examples of type {type(examples[0]).__name__}, which make no tensor: let the "
+            "model's processor make its inputs of the data"
+        ) from error

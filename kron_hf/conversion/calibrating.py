@@ -1,9 +1,12 @@
 """`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -62,7 +65,19 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
         ValueError: There is no data, a layer never sees any of it, activations are not finite, the budget cannot be
             met, or what `get_kron_model` refuses.
     """
-    return _Calibrating(model, config, calibration_data).run()
+    if is_compiled_module(model):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+    with _by_itself(model):
+        return _Calibrating(model, config, calibration_data).run()
+
+
+@contextmanager
+def _by_itself(model: nn.Module) -> Iterator[None]:
+    """Without the inference mode and the autocast of the caller: layers are made that can be trained."""
+    kind = next(model.parameters(), torch.empty(0)).device.type
+    autocast = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with torch.inference_mode(False), autocast:
+        yield
 
 
 class _Calibrating:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kron_hf.calibration.allocation import LayerChoices
 from kron_hf.calibration.menu import Option
@@ -31,8 +32,9 @@ def check_conversion(model: nn.Module, config: KronConfig) -> list[Target]:
 
 
 def _check_model(model: nn.Module) -> None:
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("calibration needs the model itself, not its DataParallel wrapper: pass model.module")
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        name = type(model).__name__
+        raise ValueError(f"calibration needs the model itself, not its {name} wrapper: pass model.module")
 
 
 def _check_config(config: KronConfig) -> None:
