@@ -98,9 +98,19 @@ def _collate_for(model: nn.Module, *, with_labels: bool) -> Callable[[list[Any]]
                 f"calibration_data has the columns {shown(sorted(map(str, first[0])))}, and {type(model).__name__} "
                 f"takes none of them, but {', '.join(accepted)}: let the model's processor make its inputs of the data"
             )
-        return default_data_collator(columns)
+        return _collated(columns)
 
     return collate
+
+
+def _collated(examples: list[dict[str, Any]]) -> Any:
+    try:
+        return default_data_collator(examples)
+    except (RuntimeError, TypeError, ValueError) as error:  # as of torch.stack and torch.tensor
+        raise ValueError(
+            f"examples of calibration_data, which hold {shown(sorted(examples[0]))}, make no batch: "
+            f"{one_line(str(error))}. Pad texts to one length, or pass a DataLoader with a collator that does"
+        ) from error
 
 
 def _stacked(examples: list[Any]) -> Any:

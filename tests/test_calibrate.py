@@ -361,6 +361,13 @@ def test_what_the_caller_has_switched_off_or_on_does_not_matter(around):
     assert all(layer.a.grad is not None for layer in calibration.layers.values())
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_texts_of_several_lengths_say_what_to_do(kind):
+    texts = [{"input_ids": kind([1, 2, 3])}, {"input_ids": kind([1, 2])}]
+    with pytest.raises(ValueError, match=r"which hold \['input_ids'\], make no batch: .* Pad texts to one length, or"):
+        calibrate(tiny.bert(), KronConfig(**UNIFORM), texts)
+
+
 def test_examples_that_make_no_tensor_say_what_to_do():
     with pytest.raises(TypeError, match=r"examples of type Image, which make no tensor: let the model's processor"):
         calibrate(tiny.vit(), KronConfig(**UNIFORM), [Image.new("L", (16, 16))] * 2)
