@@ -220,3 +220,11 @@ def test_tiny_config_is_tiny_layers():
 
     model = TinyDense()
     assert block_layers(model, CONFIG) == tiny_layers(model)
+
+
+@pytest.mark.parametrize("other", ["rigl", "gradual"])
+def test_two_in_one_training_are_refused(tmp_path, other):
+    run = trainer(tmp_path, callback("gradual"), callbacks=[callback(other)])
+    message = r"this training has (2 GradualPruningCallbacks|GradualPruningCallback and BlockRigLCallback)"
+    with pytest.raises(ValueError, match=message):
+        run.train()

@@ -93,6 +93,15 @@ def test_a_calibration_converts_a_copy_of_its_model(tmp_path):
     )
 
 
+def test_what_it_converts_shares_nothing():
+    calibration = calibrate(tiny.vit(), KronConfig(**QUICK), tiny.image_batches())
+    models = [calibration.convert(tiny.vit()) for _ in range(2)]
+    owners = [{id(parameter) for parameter in model.parameters()} for model in models]
+    kept = {id(parameter) for layer in calibration.layers.values() for parameter in layer.parameters()}
+    assert not owners[0] & owners[1]
+    assert not kept & (owners[0] | owners[1])
+
+
 def test_the_config_of_a_calibration_makes_the_same_model_of_another_copy():
     options = CalibrationConfig(sweeps=2, target_sparsity=0.3)
     asked = KronConfig(**UNIFORM, target_modules=["q_proj", "fc2"], calibration_config=options)
@@ -358,7 +367,7 @@ def test_what_the_caller_has_switched_off_or_on_does_not_matter(around):
     assert calibration.result == plain.result
     converted = calibration.convert(model).train()
     converted(pixel_values=tiny.pixels(2), labels=torch.tensor([0, 1])).loss.backward()
-    assert all(layer.a.grad is not None for layer in calibration.layers.values())
+    assert all(layer.a.grad is not None for layer in map(converted.get_submodule, calibration.layers))
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor])

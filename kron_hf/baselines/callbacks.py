@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -101,6 +101,8 @@ class BlockPruningCallback(StatefulCallback):
         self.pruner = self.algorithm(layers, total_steps=state.max_steps, **self.options)
         if state.global_step > 0:
             self.pruner.load_state_dict(self._saved_state(state))
+        else:
+            self._check_alone(state)
         self.register(state)
         self._names.enter_context(tensor_names_kept(model))  # in the checkpoints
         self.pruner.attach(kwargs["optimizer"])
@@ -130,6 +132,11 @@ class BlockPruningCallback(StatefulCallback):
                 "TrainingArguments so that only later ones are compared",
                 stacklevel=2,
             )
+
+    def _check_alone(self, state: TrainerState) -> None:
+        own, kinds = type(self).__name__, {kind.__name__ for kind in BlockPruningCallback.__subclasses__()}
+        if found := sorted(kinds & cast(dict[str, Any], state.stateful_callbacks).keys() - {own}):
+            raise ValueError(f"this training has {own} and {', '.join(found)}, which would prune against each other")
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
         """The pruner's state in the checkpoint.

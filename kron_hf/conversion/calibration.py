@@ -1,5 +1,6 @@
 """`Calibration`: fitted layers, and how they get into a model."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,8 +37,8 @@ class Calibration:
     config: KronConfig
 
     def convert(self, model: ModelT) -> ModelT:
-        """Puts the layers into the model that they were fitted to, or a copy of it, in place, and returns it."""
-        return install_layers(model, self.layers)
+        """Puts copies of the layers into the model that they were fitted to, or a copy of it, in place; returns it."""
+        return install_layers(model, {name: copy.deepcopy(layer) for name, layer in self.layers.items()})
 
 
 def install_layers(model: ModelT, layers: Mapping[str, nn.Module]) -> ModelT:
