@@ -34,6 +34,11 @@ class StatefulCallback(TrainerCallback, ExportableState):
             raise ValueError(f"trainer_state.json: the state of {type(self).__name__} is malformed")
         return attributes or {}
 
+    @staticmethod
+    def names_in(state: TrainerState) -> set[str]:
+        """The names of the callbacks whose states a training keeps."""
+        return set(cast(dict[str, Any], state.stateful_callbacks))
+
     def register(self, state: TrainerState) -> None:
         """Trainer fails to save when it resumed from a checkpoint of a run without this callback; call it then.
 

@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import ExitStack
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -135,7 +135,7 @@ class BlockPruningCallback(StatefulCallback):
 
     def _check_alone(self, state: TrainerState) -> None:
         own, kinds = type(self).__name__, {kind.__name__ for kind in BlockPruningCallback.__subclasses__()}
-        if found := sorted(kinds & cast(dict[str, Any], state.stateful_callbacks).keys() - {own}):
+        if found := sorted(kinds & self.names_in(state) - {own}):
             raise ValueError(f"this training has {own} and {', '.join(found)}, which would prune against each other")
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
