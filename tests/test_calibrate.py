@@ -115,6 +115,17 @@ def test_the_config_of_a_calibration_makes_the_same_model_of_another_copy():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_the_config_of_a_budget_gives_the_same_fit_where_some_of_a_stage_stay_dense():
+    options = {"menu_shapes": [(1, -1), (4, 8)], "sweeps": 1}
+    calibration = calibrate(tiny.vit(), KronConfig(target_params=0.5, calibration_config=options), tiny.image_batches())
+    attention = [name for name in calibration.layers if name.startswith("vit.layers.0.attention.")]
+    assert attention == ["vit.layers.0.attention.k_proj"]  # of q, k and v, whose token weights are one
+    model = calibration.convert(tiny.vit())
+    again = get_kron_model(tiny.vit(), calibration.config, calibration_data=tiny.image_batches())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("build", [tiny.t5, tiny.bart], ids=["T5", "BART"])
 def test_a_decoder_starts_from_what_its_model_makes_of_the_labels(build):
     model, batch, config = build(), tiny.translations((9, 9)), KronConfig(**QUICK)

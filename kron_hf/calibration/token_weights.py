@@ -1,7 +1,7 @@
 """How much each token counts in the fit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -43,12 +43,20 @@ def first_token_weights(first: float, others: float, mask: str = "attention_mask
     return weights
 
 
-def weights_by_stage(route: Route, gradients: Mapping[str, OutputGradients]) -> dict[str, TokenWeights]:
-    """By the first name of each stage; the linears of a stage are fitted to the same rows, with the same weights."""
+def weights_by_stage(
+    route: Route, gradients: Mapping[str, OutputGradients], counted: Collection[str] | None = None
+) -> dict[str, TokenWeights]:
+    """By the first name of each stage; the linears of a stage are fitted to the same rows, with the same weights.
+
+    Args:
+        route: All stages.
+        gradients: Of every linear's outputs.
+        counted: Linears that are fitted at all: others, which stay dense, have no say. None is all.
+    """
     found: dict[str, TokenWeights] = {}
     for stage in (stage for block in route.blocks for stage in block.stages):
-        pairs = [(each.first, each.others) for each in (gradients[name] for name in stage)]
-        first, others = (math.fsum(values) for values in zip(*((a or 0.0, b or 0.0) for a, b in pairs), strict=True))
+        own = [gradients[name] for name in stage if counted is None or name in counted]
+        first, others = math.fsum(each.first or 0.0 for each in own), math.fsum(each.others or 0.0 for each in own)
         if first > 0 or others > 0:
             found[stage[0]] = first_token_weights(first, others)
     return found

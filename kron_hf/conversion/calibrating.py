@@ -1,6 +1,6 @@
 """`calibrate`: Kronecker layers that are fitted to what a trained model computes on data, without a gradient step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -92,11 +92,7 @@ class _Calibrating:
             self.streams = find_streams(model, self.route, few_examples(first))
             self.first_token_alone = reads_out_first_token(model, self.route, few_examples(first), self.options.readout)
             self.gradients = self._gradients()
-            decoding = decoder_stages(model, self.route, few_examples(first))
-        self.token_weights: dict[str, TokenWeights] = {
-            **{name: partial(no_weights, mask=DECODER_MASK) for name in decoding},
-            **(weights_by_stage(self.route, self.gradients) if self.first_token_alone else {}),
-        }
+            self.decoding = decoder_stages(model, self.route, few_examples(first))
 
     def run(self) -> Calibration:
         choices = None if self.config.budget is None else self._measure()
@@ -125,6 +121,10 @@ class _Calibrating:
             first_token_alone=self.first_token_alone,
         )
 
+    def _token_weights(self, counted: Collection[str] | None = None) -> dict[str, TokenWeights]:
+        own = weights_by_stage(self.route, self.gradients, counted) if self.first_token_alone else {}
+        return {name: partial(no_weights, mask=DECODER_MASK) for name in self.decoding} | own
+
     def _measure(self) -> dict[str, LayerChoices]:
         """The errors of all options, on the dense model's inputs."""
         walk = walk_dense(
@@ -132,7 +132,7 @@ class _Calibrating:
             self.route,
             SpreadBatches(self.batches, COMPARED),
             held_out=self.options.held_out,
-            token_weights=self.token_weights,
+            token_weights=self._token_weights(),
         )
         found: dict[str, LayerChoices] = {}
         for inputs in tqdm(walk, total=len(self.targets), desc="Measuring options", **BAR):
@@ -167,8 +167,10 @@ class _Calibrating:
 
     def _walk(self, fitting: PlainFitting, what: str) -> Fitted:
         fitted = fitting.fitted
+        converted = {name for name, option in fitting.sizes.items() if not option.is_dense}
+        weights = self._token_weights(converted)  # of these alone, so that the choice by itself gives the same fit
         walk = calibrate_in_order(
-            self.model, self.route, self.batches, fitting, streams=self.streams, token_weights=self.token_weights
+            self.model, self.route, self.batches, fitting, streams=self.streams, token_weights=weights
         )
         with tqdm(walk, total=len(self.targets), desc=what, **BAR) as bar:
             for name in bar:
