@@ -1,7 +1,7 @@
 """`BlockSizeCallback`: block size and rank chosen during a training under the stock `Trainer`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,11 @@ class BlockSizeCallback(StatefulCallback):
                 "BlockSizeCallback(mode='validation') compares candidates by held-out loss: pass eval_dataset=, a part "
                 "of the data that is neither trained nor tested on, or mode='penalty'. (Checkpoints do not hold it: "
                 "pass the callback anew, without restore_callback_states_from_checkpoint; it continues by itself)"
+            )
+        if isinstance(eval_dataset, Mapping):
+            raise ValueError(
+                f"BlockSizeCallback decides by one eval_dataset, got a {type(eval_dataset).__name__} of "
+                f"{len(eval_dataset)}: pass one of them"
             )
         if eval_dataset is not None and not (hasattr(eval_dataset, "__len__") and hasattr(eval_dataset, "__getitem__")):
             raise ValueError(

@@ -91,13 +91,33 @@ def _collate_for(model: nn.Module, *, with_labels: bool) -> Callable[[list[Any]]
     def collate(examples: list[Any]) -> Any:
         first = [each[0] if isinstance(each, tuple | list) else each for each in examples]
         if not isinstance(first[0], Mapping):
-            return default_collate(first)
+            return _stacked(first)
         columns = [{name: value for name, value in each.items() if name in columns_taken} for each in first]
         if not columns[0]:
             raise ValueError(
                 f"calibration_data has the columns {shown(sorted(map(str, first[0])))}, and {type(model).__name__} "
                 f"takes none of them, but {', '.join(accepted)}: let the model's processor make its inputs of the data"
             )
-        return default_data_collator(columns)
+        return _collated(columns)
 
     return collate
+
+
+def _collated(examples: list[dict[str, Any]]) -> Any:
+    try:
+        return default_data_collator(examples)
+    except (RuntimeError, TypeError, ValueError) as error:  # as of torch.stack and torch.tensor
+        raise ValueError(
+            f"examples of calibration_data, which hold {shown(sorted(examples[0]))}, make no batch: "
+            f"{one_line(str(error))}. Pad texts to one length, or pass a DataLoader with a collator that does"
+        ) from error
+
+
+def _stacked(examples: list[Any]) -> Any:
+    try:
+        return default_collate(examples)
+    except TypeError as error:
+        raise TypeError(
+            f"calibration_data holds examples of type {type(examples[0]).__name__}, which make no tensor: let the "
+            "model's processor make its inputs of the data"
+        ) from error

@@ -34,9 +34,20 @@ class StatefulCallback(TrainerCallback, ExportableState):
             raise ValueError(f"trainer_state.json: the state of {type(self).__name__} is malformed")
         return attributes or {}
 
+    @staticmethod
+    def names_in(state: TrainerState) -> set[str]:
+        """The names of the callbacks whose states a training keeps."""
+        return set(cast(dict[str, Any], state.stateful_callbacks))
+
     def register(self, state: TrainerState) -> None:
-        """Trainer fails to save when it resumed from a checkpoint of a run without this callback; call it then."""
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        """Trainer fails to save when it resumed from a checkpoint of a run without this callback; call it then.
+
+        Raises:
+            ValueError: The training has another such callback.
+        """
+        name, callbacks = type(self).__name__, cast(dict[str, Any], state.stateful_callbacks)
+        if isinstance(found := callbacks.setdefault(name, self.state()), list):
+            raise ValueError(f"this training has {len(found)} {name}s, each of which would change the model; use one")
 
 
 def sparsity_arguments(state: TrainerState) -> dict[str, Any]:

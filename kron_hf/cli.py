@@ -99,6 +99,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         help="dense: for plain transformers; onnx, torch-export: a graph of the factors; compact: without zeros",
     )
     add("--output-dir", required=True, metavar="DIR", help="a new directory")
+    add("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     add("--overwrite", action="store_true", help="replace an earlier export in DIR; anything else there never is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="cast the model first (default: as it was saved)")
     add("--int8", action="store_true", help="with --to onnx: weights of 8 bits, by onnxruntime's dynamic quantisation")
@@ -224,19 +225,24 @@ def _export(options: argparse.Namespace) -> None:
 
     from kron_hf.command.record import check_overwritten
     from kron_hf.demo.quiet import quiet_transformers
-    from kron_hf.deploy.beside import ProcessorFiles
+    from kron_hf.deploy.beside import PROCESSOR_FILES, ProcessorFiles
     from kron_hf.deploy.exporting import export
     from kron_hf.deploy.folder import check_target
+    from kron_hf.verify.source import find_directory, load_model
 
     if options.overwrite:
         check_overwritten(options.model, options.output_dir)
     check_target(Path(options.output_dir), overwrite=options.overwrite)  # before a large model is read
     with quiet_transformers():
+        directory = find_directory(options.model, options.revision, also=PROCESSOR_FILES)
+        if (directory / "adapter_config.json").is_file():
+            raise ValueError(f"{options.model} is an adapter; export what merge_and_unload() makes of it and its base")
+        model: Any = load_model(directory)
         report = export(
-            _load(options.model),
+            model,
             options.output_dir,
             options.to,
-            processor=ProcessorFiles(options.model),
+            processor=ProcessorFiles(directory),
             dtype=options.dtype and getattr(torch, options.dtype),
             int8=options.int8,
             overwrite=options.overwrite,

@@ -40,10 +40,13 @@ def curves_of(history: Iterable[Any]) -> Curves:
 def read_history(directory: Path) -> list[Any]:
     """The log of the training that made a model: of its folder, else of the newest checkpoint in it; [] if none.
 
+    On the Hub the newest checkpoint may be called `last-checkpoint`.
+
     Raises:
         ValueError: The file is no JSON object with a list `log_history`, or too large.
     """
-    places = [directory / STATE, *(path / STATE for path in _checkpoints(directory))]
+    folders = [directory, directory / "last-checkpoint", *_checkpoints(directory)]
+    places = [folder / STATE for folder in folders]
     file = next((path for path in places if path.is_file()), None)
     if file is None:
         return []

@@ -5,6 +5,7 @@ import json
 
 import torch
 import torch.distributed as dist
+from tiny_convs import UnevenConv
 from tiny_training import batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -88,16 +89,16 @@ def train(model, optimizer, steps, dtype, parallel=True, accumulate=1):
         optimizer.step()
 
 
-def one_process(method, dtype, **options):
-    model = Uneven().to(dtype)
+def one_process(method, dtype, kind=Uneven, **options):
+    model = kind().to(dtype)
     optimizer = adamw(model)
     sparsifier_of(model, method).attach(optimizer)
     train(model, optimizer, range(STEPS), dtype, parallel=False, **options)
     return model
 
 
-def two_processes(way, method, dtype, accumulate=1, **options):
-    model = Uneven(**options).to(dtype)
+def two_processes(way, method, dtype, accumulate=1, kind=Uneven, **options):
+    model = kind(**options).to(dtype)
     wrapped = DistributedDataParallel(model) if way == "ddp" else shard(model)
     optimizer = adamw(wrapped)
     sparsifier_of(wrapped, method).attach(optimizer)
@@ -128,10 +129,10 @@ def assert_equals_one_process(model, alone, exact_mask):
     return max(float((v - reference[n]).abs().max()) for n, v in whole_state(model).items() if v.numel())
 
 
-def equality(way, method, dtype, alone=None, **options):
-    alone = one_process(method, dtype) if alone is None else alone
+def equality(way, method, dtype, kind=Uneven, **options):
+    alone = one_process(method, dtype, kind)
     assert 0.2 < model_sparsity(alone) < 0.8
-    model = two_processes(way, method, dtype, **options)
+    model = two_processes(way, method, dtype, kind=kind, **options)
     largest = assert_equals_one_process(model, alone, exact_mask=dtype == torch.float64)
     return {"sparsity": model_sparsity(model), "largest difference": largest}
 
@@ -163,6 +164,14 @@ def group_penalties(folder):
         f"{way} {name}": equality(way, method, torch.float64)
         for way in ("ddp", "fsdp2")
         for name, method in methods.items()
+    }
+
+
+def convolutions(folder):
+    return {
+        f"{way} {name}": equality(way, method, torch.float64, UnevenConv)
+        for way in ("ddp", "fsdp2")
+        for name, method in (("target", TARGET), ("l1", L1), ("straight", STRAIGHT), ("groups", TARGET | GROUPS))
     }
 
 
@@ -348,6 +357,7 @@ CORE = ["shards", "ddp_target", "fsdp2_target", "ddp_l1", "fsdp2_l1", "collectiv
 MORE = [
     "straight_through",
     "group_penalties",
+    "convolutions",
     "resume",
     "gradient_accumulation",
     "gradient_checkpointing",

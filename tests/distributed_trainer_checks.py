@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 from two_processes import main
 
-from kron_hf import KronConfig, Sparsifier, get_kron_model
+from kron_hf import KronConfig, KronConv2d, Sparsifier, get_kron_model
 from kron_hf.sharding import gather, is_sharded
 from kron_hf.sparsity.pruning import block_masks, kron_layers, model_sparsity
 from kron_hf.trainer.kron_trainer import KronTrainer
@@ -23,7 +23,7 @@ STEPS, SAVE_STEPS = 40, 15  # pruned after 10 steps, frozen after 20
 GLOBAL_BATCH = 8
 
 
-def vit(seed=0):
+def vit(seed=0, **kron):
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=16,
@@ -35,7 +35,7 @@ def vit(seed=0):
         num_channels=1,
         num_labels=4,
     )
-    return get_kron_model(ViTForImageClassification(config), KronConfig(block_size=4, rank=1)).double()
+    return get_kron_model(ViTForImageClassification(config), KronConfig(block_size=4, rank=1, **kron)).double()
 
 
 def images(size=32):
@@ -154,6 +154,22 @@ def straight_through(folder):
             assert_equal_runs(resumed, whole)
 
 
+def convolutions(folder):
+    """The patch embedding converted, too; under FSDP2 it belongs to the root. Both ways train the same model."""
+    options = {"target_modules": ["projection", "fc1", "fc2"], "block_size_pattern": {"projection": (2, 1)}}
+    runs = []
+    for wrapper, more in ((DistributedDataParallel, {}), (FSDPModule, fsdp("FULL_STATE_DICT"))):
+        whole = trainer(folder / wrapper.__name__, 2, model=vit(**options), **more)
+        assert [type(layer) for layer in kron_layers(whole.model)].count(KronConv2d) == 1
+        whole.train()
+        assert_trained_on_two(whole, wrapper)
+        resumed = trainer(folder / f"{wrapper.__name__}-resumed", 2, model=vit(1, **options), **more)
+        resumed.train(resume_from_checkpoint=str(folder / wrapper.__name__ / "checkpoint-15"))
+        assert_equal_runs(resumed, whole)
+        runs.append(whole)
+    assert_equal_runs(runs[1], runs[0], exact=False)
+
+
 def bf16(folder):
     """Mixed precision of Trainer, over weights in float32."""
     for wrapper, options in ((DistributedDataParallel, {}), (FSDPModule, fsdp("FULL_STATE_DICT"))):
@@ -236,7 +252,7 @@ ALONE = ["resume_what_one_process_saved", "fsdp2_begins_from_a_pruned_checkpoint
 DDP = ["ddp", "ddp_accumulated_and_checkpointed"]
 FSDP2 = ["fsdp2_full", "fsdp2_sharded", "fsdp2_l1"]
 REGROWTH = ["straight_through"]
-CHECKS = [*DDP, *FSDP2, *REGROWTH, "bf16", "accelerate_state", *ALONE]
+CHECKS = [*DDP, *FSDP2, *REGROWTH, "convolutions", "bf16", "accelerate_state", *ALONE]
 
 if __name__ == "__main__":
     main(globals())

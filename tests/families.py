@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from family_sizes import (
     AST_SIZES,
+    BART_SIZES,
     BERT_SIZES,
     DINOV2_SIZES,
     DISTILBERT_SIZES,
@@ -19,6 +20,7 @@ from family_sizes import (
     MOBILEVIT_SIZES,
     PYRAMID_SIZES,
     SWIN_SIZES,
+    T5_SIZES,
     TWO_TOWERS,
     VIT_SIZES,
     detr_config,
@@ -230,6 +232,22 @@ MORE_FAMILIES: dict[str, Family] = {
         ),
         "AutoModelForSequenceClassification",
     ),
+    "t5": Family(
+        "T5",
+        lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5_SIZES, decoder_start_token_id=0)),
+        "AutoModelForSeq2SeqLM",
+    ),
+    "t5-gated": Family(
+        "T5, gated MLP, encoder",
+        lambda: hf.T5EncoderModel(hf.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu")),
+        "T5EncoderModel",
+    ),
+    "bart": Family(
+        "BART", lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART_SIZES)), "AutoModelForSeq2SeqLM"
+    ),
+    "mbart": Family(
+        "mBART", lambda: hf.MBartForConditionalGeneration(hf.MBartConfig(**BART_SIZES)), "AutoModelForSeq2SeqLM"
+    ),
 }
 ALL_FAMILIES = FAMILIES | MORE_FAMILIES
 
@@ -260,6 +278,8 @@ def example_input(model: nn.Module) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     if "input_ids" in wanted:
         inputs["input_ids"] = torch.arange(8).view(2, 4)
+    if "decoder_input_ids" in wanted:
+        inputs["decoder_input_ids"] = torch.arange(6).view(2, 3)
     if "input_values" in wanted:
         inputs["input_values"] = _noise(2, 16, 16)
     if "spatial_shapes" in wanted:  # SigLIP 2 takes images as patches

@@ -42,6 +42,12 @@ AST_SIZES = {
 DISTILBERT_SIZES = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 48}
 TEXT_TOWER = {**BERT_SIZES, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 TWO_TOWERS = {"vision_config": VIT_SIZES, "text_config": TEXT_TOWER}
+T5_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+BART_SIZES = {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 16} | {
+    f"{half}_{name}": size
+    for half in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))
+}
 PYRAMID_SIZES = {
     "image_size": 64,
     "hidden_sizes": [16, 16, 32, 32],

@@ -33,6 +33,7 @@ TESTS = [
     "tests/test_targets.py",
     "tests/test_model.py",
     "tests/test_checkpoint.py",
+    "tests/test_compact.py",
     "tests/test_training_checkpoints.py",
     "tests/test_trainer.py",
     "tests/test_callbacks.py",

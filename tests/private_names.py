@@ -25,7 +25,7 @@ PRIVATE = {
     "_hf_peft_config_loaded": "peft_tuner/model.py",
     "_is_hf_initialized": "checkpoint/hook.py",
     "_is_quantized": "checkpoint/hook.py",
-    "_weight_conversions": "checkpoint/hook.py",
+    "_weight_conversions": "checkpoint/tensor_names.py",
     # peft
     "_mark_only_adapters_as_trainable": "peft_tuner/model.py",
     "_remove_adapter_name_from_key": "peft_tuner/model.py",

@@ -100,6 +100,26 @@ def test_vit_by_block_size_saves_exact_zeros(tmp_path, name):
     assert sum(value.numel() for value in stored.values()) == model.num_parameters()
 
 
+def test_a_vit_whose_tensors_transformers_renames_resumes_bit_equal(tmp_path):
+    """The stock Trainer loads by the names of the model, but writes older ones."""
+
+    def run(name, **resume):
+        used = GradualPruningCallback((2, 4), ["fc1"], target_sparsity=0.6, interval=5)
+        options = arguments(tmp_path / name, save_strategy="steps", save_steps=15)
+        torch.manual_seed(0 if name == "whole" else 1)
+        training = Trainer(vit(), options, train_dataset=images(), callbacks=[used])
+        training.train(**resume)
+        return training.model
+
+    whole = run("whole")
+    resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-15"))
+    assert_same_weights(resumed, whole)
+    whole.save_pretrained(tmp_path / "saved")  # afterwards it is an ordinary model of transformers again
+    vit().save_pretrained(tmp_path / "ordinary")
+    names = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("saved", "ordinary")]
+    assert names[0] == names[1] != whole.state_dict().keys()
+
+
 @pytest.mark.slow
 def test_works_on_a_compiled_model(tmp_path):
     model, used = vit(), GradualPruningCallback(4, r".*\.fc1", target_sparsity=0.6)
@@ -200,3 +220,11 @@ def test_tiny_config_is_tiny_layers():
 
     model = TinyDense()
     assert block_layers(model, CONFIG) == tiny_layers(model)
+
+
+@pytest.mark.parametrize("other", ["rigl", "gradual"])
+def test_two_in_one_training_are_refused(tmp_path, other):
+    run = trainer(tmp_path, callback("gradual"), callbacks=[callback(other)])
+    message = r"this training has (2 GradualPruningCallbacks|GradualPruningCallback and BlockRigLCallback)"
+    with pytest.raises(ValueError, match=message):
+        run.train()

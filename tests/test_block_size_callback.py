@@ -241,15 +241,23 @@ def test_a_budget_too_short_raises_before_the_training(tmp_path):
     [
         ({}, "pass eval_dataset=, a part of the data that is neither trained nor tested on, or mode='penalty'"),
         ({"eval_dataset": iter([1])}, "must have len and integer indices, got a list_iterator"),
+        ({"eval_dataset": {"a": [1], "b": [2]}}, "one eval_dataset, got a dict of 2: pass one of them"),
         ({"eval_dataset": [1], "eval_batches": 0}, "eval_batches must be a positive int, got 0"),
         ({"mode": "penalty", "end": 2}, "end must be a share"),
         ({"mode": "penalty", "penalty_weights": 2}, "penalty_weights must be one of"),
     ],
-    ids=["no evaluation set", "a stream", "eval_batches", "options", "penalty_weights"],
+    ids=["no evaluation set", "a stream", "several", "eval_batches", "options", "penalty_weights"],
 )
 def test_bad_options_raise_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         BlockSizeCallback(**options)
+
+
+def test_two_of_them_are_refused(tmp_path):
+    run = trainer(tmp_path, callback=callback_of("penalty"))
+    run.add_callback(callback_of("validation"))
+    with pytest.raises(ValueError, match=r"this training has 2 BlockSizeCallbacks, .* use one"):
+        run.train()
 
 
 def test_an_evaluation_set_without_labels_is_refused(tmp_path):

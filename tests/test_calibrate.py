@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_calibration as tiny
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 from tiny_peft import PEFT_NOISE
 from torch import nn
 from transformers import AutoModelForImageClassification, T5Model
@@ -91,6 +93,15 @@ def test_a_calibration_converts_a_copy_of_its_model(tmp_path):
     )
 
 
+def test_what_it_converts_shares_nothing():
+    calibration = calibrate(tiny.vit(), KronConfig(**QUICK), tiny.image_batches())
+    models = [calibration.convert(tiny.vit()) for _ in range(2)]
+    owners = [{id(parameter) for parameter in model.parameters()} for model in models]
+    kept = {id(parameter) for layer in calibration.layers.values() for parameter in layer.parameters()}
+    assert not owners[0] & owners[1]
+    assert not kept & (owners[0] | owners[1])
+
+
 def test_the_config_of_a_calibration_makes_the_same_model_of_another_copy():
     options = CalibrationConfig(sweeps=2, target_sparsity=0.3)
     asked = KronConfig(**UNIFORM, target_modules=["q_proj", "fc2"], calibration_config=options)
@@ -100,6 +111,17 @@ def test_the_config_of_a_calibration_makes_the_same_model_of_another_copy():
     with pytest.raises(ValueError, match="init_weights='calibrated' needs calibration data: get_kron_model"):
         get_kron_model(tiny.dinov2(), config)
     again = get_kron_model(tiny.dinov2(), config, calibration_data=tiny.image_batches())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_the_config_of_a_budget_gives_the_same_fit_where_some_of_a_stage_stay_dense():
+    options = {"menu_shapes": [(1, -1), (4, 8)], "sweeps": 1}
+    calibration = calibrate(tiny.vit(), KronConfig(target_params=0.5, calibration_config=options), tiny.image_batches())
+    attention = [name for name in calibration.layers if name.startswith("vit.layers.0.attention.")]
+    assert attention == ["vit.layers.0.attention.k_proj"]  # of q, k and v, whose token weights are one
+    model = calibration.convert(tiny.vit())
+    again = get_kron_model(tiny.vit(), calibration.config, calibration_data=tiny.image_batches())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
@@ -320,9 +342,55 @@ def test_bad_input_is_refused_and_the_model_stays(config, data, message):
     assert not any(isinstance(module, KronLinear) for module in model.modules())
 
 
-def test_the_wrapper_of_data_parallel_is_refused():
-    with pytest.raises(ValueError, match=r"not its DataParallel wrapper: pass model\.module"):
-        calibrate(nn.DataParallel(tiny.vit()), KronConfig(**UNIFORM), tiny.image_batches())
+@pytest.mark.parametrize("kind", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_the_wrapper_of_data_parallel_is_refused(kind):
+    wrapper = kind.__new__(kind)  # DDP itself needs processes
+    nn.Module.__init__(wrapper)
+    wrapper.module = tiny.vit()
+    with pytest.raises(ValueError, match=rf"not its {kind.__name__} wrapper: pass model\.module"):
+        calibrate(wrapper, KronConfig(**UNIFORM), tiny.image_batches())
+
+
+@pytest.mark.slow
+def test_a_compiled_wrapper_is_calibrated_as_its_model():
+    images = [{"pixel_values": image} for image in tiny.pixels(8)]
+    plain = calibrate(tiny.vit(), KronConfig(**QUICK), images)
+    compiled = torch.compile(tiny.vit(), backend="eager")
+    found = calibrate(compiled, KronConfig(**QUICK), images)
+    assert found.config.modules == plain.config.modules
+    model = found.convert(compiled)
+    batch = {"pixel_values": tiny.pixels(2)}
+    assert torch.equal(model(**batch).logits, plain.convert(tiny.vit())(**batch).logits)
+    assert isinstance(model.vit.layers[0].mlp.fc1, KronLinear)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_what_the_caller_has_switched_off_or_on_does_not_matter(around):
+    config = KronConfig(target_params=0.4, calibration_config={"sweeps": 1})
+    plain = calibrate(tiny.vit(), config, tiny.image_batches())
+    model = tiny.vit()
+    with around():
+        calibration = calibrate(model, config, tiny.image_batches())
+    assert calibration.result == plain.result
+    converted = calibration.convert(model).train()
+    converted(pixel_values=tiny.pixels(2), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(layer.a.grad is not None for layer in map(converted.get_submodule, calibration.layers))
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_texts_of_several_lengths_say_what_to_do(kind):
+    texts = [{"input_ids": kind([1, 2, 3])}, {"input_ids": kind([1, 2])}]
+    with pytest.raises(ValueError, match=r"which hold \['input_ids'\], make no batch: .* Pad texts to one length, or"):
+        calibrate(tiny.bert(), KronConfig(**UNIFORM), texts)
+
+
+def test_examples_that_make_no_tensor_say_what_to_do():
+    with pytest.raises(TypeError, match=r"examples of type Image, which make no tensor: let the model's processor"):
+        calibrate(tiny.vit(), KronConfig(**UNIFORM), [Image.new("L", (16, 16))] * 2)
 
 
 def test_calibrated_without_data_says_how_to_pass_it():

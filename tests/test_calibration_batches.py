@@ -1,7 +1,9 @@
 """Calibration data is read again and again: the same batches each time."""
 
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -71,12 +73,16 @@ class Changing:
         pytest.param(iter([{}]), TypeError, "read several times, which a list_iterator", id="iterator"),
         pytest.param(torch.zeros(3, 1, 2, 2), TypeError, "a data set or a list of batches, got Tensor", id="tensor"),
         pytest.param(7, TypeError, "got int", id="number"),
+        pytest.param(
+            {"train": SimpleNamespace(column_names=[])}, TypeError, "dict; pass one of its data sets", id="splits"
+        ),
+        pytest.param([torch.zeros(2, 7), torch.zeros(0, 7)], ValueError, "batch 1 of .* no example", id="empty batch"),
         pytest.param([3, 4], TypeError, "a batch of calibration_data must be a mapping or a tensor", id="numbers"),
     ],
 )
 def test_bad_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
-        Batches(data, collate=lambda examples: examples[0])
+        list(Batches(data, collate=lambda examples: examples[0]))
 
 
 def test_data_that_changes_from_pass_to_pass_is_refused():
@@ -118,8 +124,35 @@ def test_a_data_set_holds_examples_of_any_shape():
     assert [batch["pixel_values"].shape for batch in Batches(Videos(), batch_size=3)] == [(3, 2, 1, 4, 4)]
 
 
-def test_a_list_of_batches_of_spectrograms_is_one_of_batches():
-    assert [batch["input_values"].shape for batch in Batches([{"input_values": torch.zeros(2, 8, 4)}])] == [(2, 8, 4)]
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param({"input_values": torch.zeros(2, 8, 4)}, id="spectrograms"),
+        pytest.param({"input_features": torch.zeros(2, 8, 4)}, id="features of sound"),
+        pytest.param({"inputs_embeds": torch.zeros(2, 8, 4)}, id="embeddings"),
+        pytest.param({"pixel_values": torch.zeros(2, 8, 4), "spatial_shapes": torch.ones(2, 2)}, id="patches"),
+    ],
+)
+def test_a_list_of_batches_of_sequences_is_one_of_batches(batch):
+    (found,) = Batches([batch])
+    assert [value.shape for value in found.values()] == [value.shape for value in batch.values()]
+
+
+def test_an_image_with_a_mask_of_its_pixels_is_an_example():
+    example = {"pixel_values": torch.zeros(3, 8, 4), "pixel_mask": torch.ones(8, 4), "labels": torch.zeros(3)}
+    (found,) = Batches([example] * 2)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "pixel_values": (2, 3, 8, 4),
+        "pixel_mask": (2, 8, 4),
+    }
+
+
+def test_arrays_are_taken_as_tensors():
+    (batch,) = Batches([{"pixel_values": np.ones((2, 1, 4, 4), np.float32), "names": np.array(["a", "b"])}])
+    assert torch.equal(batch["pixel_values"], torch.ones(2, 1, 4, 4))
+    assert list(batch["names"]) == ["a", "b"]
+    (batch,) = Batches([{"pixel_values": np.ones((1, 4, 4), np.float32)}] * 3)
+    assert batch["pixel_values"].shape == (3, 1, 4, 4)
 
 
 def test_few_examples_are_taken_where_all_tensors_agree_on_what_one_is():

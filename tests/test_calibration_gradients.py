@@ -9,8 +9,7 @@ from kron_hf.calibration import gradients
 from kron_hf.calibration.batches import Batches, SpreadBatches, split_examples
 from kron_hf.calibration.gradients import OutputGradients, output_gradients
 from kron_hf.calibration.route import Block, Route
-from kron_hf.calibration.token_weights import first_token_weights, no_weights
-from kron_hf.conversion import _token_weights
+from kron_hf.calibration.token_weights import first_token_weights, no_weights, weights_by_stage
 
 LAYERS = ("encoder.layer.0.attention.q_proj", "encoder.layer.1.attention.v_proj", "encoder.layer.1.mlp.fc2")
 
@@ -214,7 +213,7 @@ def test_linears_with_the_same_input_share_the_sum_of_their_weights():
         "o": OutputGradients(ones, 5.0, 4.0),
         "dead": OutputGradients(ones, None, None),
     }
-    weights = _token_weights(route, each)
+    weights = weights_by_stage(route, each)
     x = torch.zeros(1, 3, 2)
     batch = {"pixel_values": x}
     assert weights.keys() == {"q", "o"}

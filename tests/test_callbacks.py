@@ -229,3 +229,9 @@ def test_two_callbacks_in_one_checkpoint_raise(tmp_path):
     callback = SparsityCallback(target_sparsity=0.5)
     with pytest.raises(ValueError, match="states of 2 SparsityCallbacks; use one"):
         callback.on_train_begin(run.args, state, run.control, model=run.model, optimizer=None)
+
+
+def test_two_of_them_are_refused(tmp_path):
+    run = trainer(tmp_path, callbacks=[SparsityCallback(target_sparsity=0.25)])
+    with pytest.raises(ValueError, match=r"this training has 2 SparsityCallbacks, .* use one"):
+        run.train()

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kron_hf import KronConv2d, fold_for_inference
+from kron_hf.ops import folded_convolution
+from kron_hf.ops.cost import Dropped
 
 
 def frozen_layer() -> KronConv2d:
@@ -78,6 +80,67 @@ def test_folding_gives_the_same_and_is_lifted_by_writes(rank, keep_weight):
     torch.testing.assert_close(
         changed, F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.dense_weight(), layer.bias)
     )
+
+
+@pytest.mark.parametrize("keep_weight", [False, True])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("rank", [1, 16], ids=["factors", "build-w"])
+@pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True), (True, True)], ids=str)
+def test_without_dead_channels_the_result_is_the_same(monkeypatch, rows, columns, rank, bias, keep_weight):
+    layer = KronConv2d(32, 24, 3, 4, rank, stride=(1, 2), padding=1, padding_mode="reflect", bias=bias).double().eval()
+    with torch.no_grad():
+        layer.s.normal_()
+        layer.s[1:3], layer.s[:, 2:5], layer.s[0, 0] = 0, 0, 0
+    layer.freeze_mask()
+    x = torch.randn(2, 32, 4, 6, dtype=torch.float64)
+    monkeypatch.setattr(folded_convolution, "worth_dropping", lambda *_: Dropped(rows, columns))
+    with torch.no_grad():
+        expected = layer(x)
+        fold_for_inference(layer, keep_weight=keep_weight)
+        assert (layer.folded.rows is not None, layer.folded.columns is not None) == (rows, columns)
+        assert (layer.folded.weight is not None) == (keep_weight and rank == 16)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), expected)
+        torch.testing.assert_close(layer(x[1]), expected[1])
+        assert layer(x[:0]).shape == (0, *expected.shape[1:])
+    assert layer.folded is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "living", "dropped"),
+    [
+        pytest.param((32, 32, 3, 4, 8), (16, 32), (True, False), id="rows"),
+        pytest.param((32, 32, 3, 4, 8), (32, 16), (False, True), id="columns"),
+        pytest.param((32, 32, 3, 4, 8), (16, 16), (True, True), id="both"),
+        pytest.param((32, 32, 3, 4, 8), (31, 32), (False, False), id="too few to pay"),
+        pytest.param((32, 32, 1, 4, 1), (24, 32), (False, False), id="too little work to pay"),
+        pytest.param((32, 32, 3, 4, 8), (0, 0), (False, False), id="all dead"),
+        pytest.param((32, 32, 3, 4, 8), (32, 32), (False, False), id="all alive"),
+    ],
+)
+def test_dead_channels_are_left_out_where_it_pays(shape, living, dropped):
+    out_blocks, in_blocks, kernel, block, rank = shape
+    layer = KronConv2d(in_blocks * block, out_blocks * block, kernel, block, rank)
+    assert folded_convolution.worth_dropping(layer.a, layer.b, 1, *living) == dropped
+
+
+def test_dead_channels_under_autocast_and_in_an_exported_graph():
+    layer = KronConv2d(128, 128, 3, 4, 8, padding=1).eval()
+    with torch.no_grad():
+        layer.s[:24], layer.s[:, 8:] = 0, 0
+    layer.freeze_mask()
+    x = torch.randn(2, 128, 4, 4)
+    expected = layer(x).detach()
+    fold_for_inference(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert (layer.folded.rows is not None, found.dtype) == (True, torch.bfloat16)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6)
+    dims = ({0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=2)},)
+    graph = torch.export.export(layer, (x,), dynamic_shapes=dims).module()
+    for size in ((1, 128, 4, 4), (3, 128, 6, 4)):
+        x = torch.randn(size)
+        torch.testing.assert_close(graph(x), copy.deepcopy(layer)(x))
 
 
 def test_compile_has_no_graph_break():

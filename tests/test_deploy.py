@@ -165,6 +165,23 @@ def test_an_earlier_export_is_replaced_if_it_may_be(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_lies_beside_an_earlier_export_is_never_lost(tmp_path):
+    export(build(), tmp_path / "out", "compact")
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds 'notes/thesis.txt', which no export wrote"):
+        export(build(), tmp_path / "out", "dense", overwrite=True)
+    assert (tmp_path / "out" / "notes" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"written": "model.safetensors"}', '{"written": [["x"]]}'])
+def test_a_record_that_no_export_wrote_allows_nothing(tmp_path, record):
+    (tmp_path / "kron_export.json").write_text(record)
+    (tmp_path / "model.safetensors").write_text("mine")
+    with pytest.raises(FileExistsError, match="which no export wrote"):
+        export(build(), tmp_path, "dense", overwrite=True)
+
+
 def test_nothing_appears_when_something_fails(tmp_path):
     class Broken:
         def save_pretrained(self, folder):
@@ -204,6 +221,14 @@ def test_refusals(tmp_path, model, options, error, message):
     with pytest.raises(error, match=message):
         export(model(), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_refused_by_the_command(source, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(["export", str(tmp_path / "adapter"), "--to", "dense", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "is an adapter; export what merge_and_unload() makes of it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_exporter_is_named(source, tmp_path, monkeypatch, capsys):

@@ -30,11 +30,19 @@ def five(model):
     return {name: torch.cat([tensor, tensor.flip(-1), tensor[:1]]) for name, tensor in example_input(model).items()}
 
 
+def large_graphs(model, folder):
+    """As of a model of more than protocol buffers hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kron_hf.deploy.onnx_file.LARGEST", 0)
+        return {f"large{int8}": export(model, folder / f"large{int8}", "onnx", int8=int8) for int8 in (False, True)}
+
+
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     """A model and its graphs in all forms."""
     folder, model = tmp_path_factory.mktemp("graphs"), build()
     reports = {
+        **large_graphs(model, folder),
         "onnx": export(model, folder / "onnx", "onnx"),
         "int8": export(model, folder / "int8", "onnx", int8=True),
         "torch-export": export(model, folder / "torch-export", "torch-export"),
@@ -79,6 +87,19 @@ def test_int8_is_smaller_and_near(graphs):
         "model.onnx",
     ]
     assert reports["int8"].bytes < reports["onnx"].bytes
+
+
+@pytest.mark.parametrize(("kind", "small"), [("largeFalse", "onnx"), ("largeTrue", "int8")], ids=["float", "int8"])
+def test_weights_that_a_graph_cannot_hold_lie_beside_it(graphs, kind, small):
+    model, folder, reports = graphs
+    assert sorted(path.name for path in (folder / kind).iterdir()) == [
+        *("config.json", "kron_export.json", "model.onnx", "model.onnx.data")
+    ]
+    assert reports[kind].files.keys() == {"model.onnx", "model.onnx.data"}
+    assert 0 < reports[kind].files["model.onnx"] < reports[small].bytes
+    moved = (folder / kind).rename(folder / f"moved-{kind}")
+    found, expected = (run_onnx(path / "model.onnx", five(model)) for path in (moved, folder / small))
+    torch.testing.assert_close(found, expected)
 
 
 def test_torch_export_in_a_process_without_kron_hf(graphs):

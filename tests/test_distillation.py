@@ -9,6 +9,7 @@ from tiny_distillation import BACKBONES, HEADS, batch, images, inputs_of, studen
 from tiny_training import TinyKron
 from tiny_training import batch as vectors
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from kron_hf import DistillationConfig, DistillationLoss, KronConfig, get_kron_model
 from kron_hf.distillation.parts import kl_divergence, relative_mse
@@ -101,6 +102,29 @@ def test_padding_does_not_count():
     inputs["attention_mask"] = inputs["attention_mask"].flip(1)
     with pytest.raises(ValueError, match="cls: the first token is padding; pad on the right"):
         loss.compute(own, inputs)
+
+
+@pytest.mark.parametrize("own_mask", [True, False], ids=["mask", "labels"])
+@pytest.mark.parametrize("text", [4, 6], ids=["as long", "longer"])
+def test_padding_of_a_decoder_is_its_own(text, own_mask):
+    """Where both texts are equally long, the encoder's mask would pass for that of the decoder."""
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, decoder_start_token_id=0)
+    own, other = T5ForConditionalGeneration(config).eval(), T5ForConditionalGeneration(config)
+    mask = torch.ones(2, text, dtype=torch.long)
+    mask[0, 1:] = 0
+    labels = torch.tensor([[7, 8, 9, 1], [5, 1, -100, -100]])
+    batch = {"input_ids": torch.randint(5, 20, (2, text)), "attention_mask": mask}
+    batch["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels)
+    loss = DistillationLoss(other, {"temperature": 1.0, "task": 0})
+    with torch.no_grad():
+        logits = [model(**batch).logits for model in (own, other.eval())]
+    expected = kl_divergence(*logits, 1.0, labels != -100)
+    given = {"decoder_attention_mask": (labels != -100).long()} if own_mask else {"labels": labels}
+    torch.testing.assert_close(loss.compute(own, batch | given).parts["logits"], expected)
+    loss.attach(own)  # the stock Trainer takes labels out of the inputs
+    if not own_mask:
+        torch.testing.assert_close(loss(own(**batch), labels), expected)
 
 
 def test_the_teacher_is_left_as_it_is_and_runs_without_dropout():

@@ -30,8 +30,20 @@ SLOW = {
         "ijepa",
         "mask2former",
         "maskformer",
+        "mbart",
     ),
-    *("mobilevit", "modernbert", "pvt", "pvt-v2", "siglip2-classifier", "swiftformer", "videomae", "vitdet", "vivit"),
+    *(
+        "t5-gated",
+        "mobilevit",
+        "modernbert",
+        "pvt",
+        "pvt-v2",
+        "siglip2-classifier",
+        "swiftformer",
+        "videomae",
+        "vitdet",
+        "vivit",
+    ),
 }
 
 
@@ -123,7 +135,7 @@ def find_tied(model) -> list[tuple[str, str]]:
 WITH_BACKBONE = [
     name
     for name, family in ALL_FAMILIES.items()
-    if family.loader.startswith("AutoModelFor") and not name.startswith(("clip", "siglip"))
+    if family.loader.startswith("AutoModelFor") and not name.startswith(("clip", "siglip", "t5"))
 ]
 
 

@@ -29,6 +29,10 @@ DETR = [*(f"self_attn.{letter}_proj" for letter in "qkvo"), "mlp.fc1", "mlp.fc2"
 DETR_DECODER = [*DETR, *(f"encoder_attn.{letter}_proj" for letter in "qkvo")]
 PVT = [*BERT[:4], "mlp.dense1", "mlp.dense2"]
 DISTILBERT = [*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"]
+T5_ATTENTION = [f"SelfAttention.{letter}" for letter in "qkvo"]
+T5 = [*T5_ATTENTION, "DenseReluDense.wi", "DenseReluDense.wo"]
+BART = [*CLIP[:4], "fc1", "fc2"]
+BART_DECODER = [*BART, *(name.replace("self_attn", "encoder_attn") for name in CLIP[:4])]
 SIGLIP_HEAD = ["head.attention.out_proj", "head.mlp.fc1", "head.mlp.fc2"]
 
 # family: (projections that the default chooses, with * for a number; how many modules; every other nn.Linear)
@@ -200,6 +204,29 @@ EXPECTED: dict[str, tuple[set[str], int, set[str]]] = {
         within("model.layers.*", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo"),
         8,
         {"head.dense", "classifier"},
+    ),
+    "t5": (
+        within("encoder.block.*.layer.*", *T5)
+        | within("decoder.block.*.layer.*", *T5, *(name.replace("Self", "EncDec") for name in T5_ATTENTION)),
+        32,
+        {"lm_head"},
+    ),
+    "t5-gated": (
+        within(
+            "encoder.block.*.layer.*", *T5_ATTENTION, *(f"DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo"))
+        ),
+        14,
+        set(),
+    ),
+    "bart": (
+        within("model.encoder.layers.*", *BART) | within("model.decoder.layers.*", *BART_DECODER),
+        32,
+        {"lm_head"},
+    ),
+    "mbart": (
+        within("model.encoder.layers.*", *BART) | within("model.decoder.layers.*", *BART_DECODER),
+        32,
+        {"lm_head"},
     ),
 }
 # DETR's queries start at zero: so do the values of the first self-attention, and what they would pass on.

@@ -225,6 +225,40 @@ def test_summary_of_a_broken_repository_tells_no_path(client):
     assert str(client.home) not in said[0]
 
 
+def test_commands_take_a_repository_as_they_take_a_folder(hub, client, tmp_path):
+    """Verified, looked at and exported at a revision, without the weights of checkpoints that lie beside."""
+    repo, out = "alice/commands", tmp_path
+    first = client.value("push_with_processor", repo=repo, seed=1)
+    client.value("upload", repo=repo, path=f"last-checkpoint/{WEIGHTS}", text="large")
+    history = {"log_history": [{"step": step, "loss": 1 / step} for step in (1, 2)]}
+    client.value("upload", repo=repo, path="last-checkpoint/trainer_state.json", text=json.dumps(history))
+
+    def run(*words):
+        before = len(client.output.read_text())
+        code = client.value("command_line", words=[str(word) for word in words], cache="commands")
+        return code, client.output.read_text()[before:]
+
+    assert run("verify", repo)[0] == 0
+    assert run("inspect", repo, "--html", out / "page.html")[0] == 0
+    assert "<h1>alice/commands</h1>" in (out / "page.html").read_text()
+    assert '<figure class="chart">' in (out / "page.html").read_text()
+    code, said = run("export", repo, "--to", "dense", "--output-dir", out / "dense", "--revision", first)
+    assert code == 0, said
+    assert {path.name for path in (out / "dense").iterdir()} == {
+        *("config.json", "kron_export.json", "preprocessor_config.json", WEIGHTS)
+    }
+    assert not list((client.caches / "commands").rglob(f"last-checkpoint/{WEIGHTS}"))
+    for words in (
+        ("verify",),
+        ("inspect", "--html", out / "no.html"),
+        ("export", "--to", "dense", "--output-dir", out / "no"),
+    ):
+        code, said = run(words[0], "alice/absent", *words[1:])
+        assert code == 1
+        assert "kron-hf: error: alice/absent is no directory here, and no model on the Hub could be read" in said
+    assert sorted(path.name for path in out.iterdir()) == ["dense", "page.html"]
+
+
 @pytest.mark.parametrize(
     ("strategy", "token", "at_end"),
     [("every_save", True, False), ("checkpoint", False, True), ("end", False, True)],

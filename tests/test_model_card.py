@@ -31,7 +31,14 @@ def test_card_has_import_line_metrics_and_metadata(model, tmp_path):
     assert "\nimport kron_hf" in card.text
     assert "AutoModelForImageClassification.from_pretrained('me/vit')" in card.text
     assert "| accuracy | 0.9750 |" in card.text
+    assert "measured on the data named above" in card.text
     assert "vit.layers.0.mlp.fc1" in card.text
+
+
+def test_what_was_not_measured_is_said(model, tmp_path):
+    text = write_model_card(model, tmp_path).read_text()
+    assert "How good it is was not measured." in text
+    assert "named above" not in text
 
 
 def test_a_report_is_shown_as_it_is_and_cannot_end_its_box(model, tmp_path):
@@ -126,6 +133,9 @@ def test_bad_arguments(model, tmp_path):
         write_model_card(model, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="need dataset="):
         write_model_card(model, tmp_path, metrics={"accuracy": 1.0})
+    with pytest.raises(ValueError, match="metrics must be finite numbers, got 'loss': nan"):
+        write_model_card(model, tmp_path, dataset="digits", metrics={"accuracy": 1.0, "loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_empty_template_of_peft_is_replaced_but_not_a_card_that_someone_filled_in(tmp_path):

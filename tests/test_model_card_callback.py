@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from tiny_cards import HISTORY, tiny_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from kron_hf import KronTrainer, ModelCardCallback, SparsityCallback, measure_latency, write_model_card
 from kron_hf.claims import read_claims
@@ -35,6 +35,14 @@ def trained(request, tmp_path_factory):
         card.attach(trainer)
     trainer.train()
     return trainer, folder
+
+
+def test_a_loss_that_is_not_finite_is_no_metric_of_the_card(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[])
+    state = TrainerState(log_history=[{"step": 3, "eval_loss": float("nan"), "eval_accuracy": 0.5}])
+    tiny_model().save_pretrained(tmp_path)
+    ModelCardCallback(dataset="digits").write(tiny_model(), arguments, state)
+    assert [(metric.metric, metric.value) for metric in read_claims(tmp_path).metrics] == [("accuracy", 0.5)]
 
 
 def test_the_training_ends_with_a_card_that_verifies_also_after_trainers_own(trained):

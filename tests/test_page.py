@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tiny_cards import HISTORY, tiny_model
 
-from kron_hf import kron_summary
+from kron_hf import KronLinear, kron_summary
 from kron_hf.cli import main
 from kron_hf.page.curves import draw_charts
+from kron_hf.page.grid import draw_grid, draw_legend
 from kron_hf.page.html import build_page
 from kron_hf.page.layers import layer_pictures
 from kron_hf.page.png import MAX_CELLS, heatmap
@@ -24,7 +25,7 @@ from kron_hf.training_history import curves_of, read_history
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\u202e"
 
 
-VOID = {"meta", "image", "circle", "path", "polyline"}
+VOID = {"meta", "image", "circle", "path", "polyline", "rect"}
 
 
 class Tags(HTMLParser):
@@ -86,6 +87,54 @@ def test_page_tells_every_layer_and_curve(saved):
         assert f"{layer.deployed_params:,}" in page
     assert page.count('<svg class="mask"') == 6
     assert page.count('<figure class="chart">') == 3
+
+
+def test_the_colour_of_zero_covers_the_weight_and_no_more(saved):
+    assert saved[2].count('viewBox="0 0 32 64" role="img"') == 1  # fc1, taller than wide: it leaves room at its sides
+    assert saved[2].count('<rect class="zero" width="32" height="64"/>') == 1
+    assert ".mask" not in re.search("<style>(.*?)</style>", saved[2], re.DOTALL)[1]
+
+
+def test_the_legend_has_the_colours_of_the_heatmaps():
+    data = re.search('data:image/png;base64,([^"]*)', draw_legend())[1]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))[0]
+    ends = heatmap(torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool))
+    light, dark = np.asarray(Image.open(io.BytesIO(ends)).convert("RGBA"))[0]
+    assert (shown[0] == light).all()
+    assert (shown[-1] == dark).all()
+
+
+def layers_named(*names):
+    model = torch.nn.Module()
+    for name in names:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if part not in parent._modules:
+                parent.add_module(part, torch.nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(name.split(".")[-1], KronLinear(4, 4, 2, 1))
+    return kron_summary(model)
+
+
+def test_a_stage_tells_the_range_of_its_sparsities(saved):
+    assert "<summary><b>vit.layers.0</b> 6 layers, sparsity 0.06 to 0.12</summary>" in saved[2]
+
+
+def test_layers_of_a_stage_are_together():
+    page = draw_grid(layers_named("head", "net.0.fc1", "net.0.mlp.1.fc", "net.1.fc1", "net.fc"), {})
+    stages = re.findall("<summary><b>(.*?)</b> (.*?)</summary>", page)
+    assert stages == [
+        ("", "1 layer, sparsity 0.00"),
+        ("net.0", "2 layers, sparsity 0.00"),
+        ("net.1", "1 layer, sparsity 0.00"),
+        ("net", "1 layer, sparsity 0.00"),
+    ]
+
+
+@pytest.mark.parametrize(("count", "unfolded"), [(24, 24), (25, 1)])
+def test_of_many_layers_only_the_first_stage_is_unfolded(count, unfolded):
+    page = draw_grid(layers_named(*(f"net.{number}.fc" for number in range(count))), {})
+    assert (page.count("<details open>"), page.count("<details")) == (unfolded, count)
 
 
 def test_no_partial_file_is_left(saved, tmp_path, capsys):

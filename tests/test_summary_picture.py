@@ -5,6 +5,7 @@ from tiny_cards import tiny_model
 from torch import nn
 
 from kron_hf import KronLinear, block_summary, kron_summary
+from kron_hf.summary.picture import MAX_MASKS, draw_masks
 
 
 def test_plot_shows_every_layer():
@@ -14,10 +15,20 @@ def test_plot_shows_every_layer():
     sparsity, counts, *masks = figure.axes
     heights = [bar.get_height() for bar in sparsity.patches]
     assert heights == [layer.sparsity for layer in summary.layers]
-    assert len(counts.patches) == 2 * len(summary.layers)
+    assert [bar.get_height() for bar in counts.patches] == [
+        getattr(layer, name) for name in ("dense_params", "deployed_params") for layer in summary.layers
+    ]
+    assert (counts.get_yscale(), counts.get_ylim()[0]) == ("linear", 0)
     assert len(masks) == len(summary.layers)
     for axes, mask in zip(masks, summary.masks.values(), strict=True):
         assert (axes.images[0].get_array() == mask.float().numpy()).all()
+
+
+def test_that_some_masks_are_left_out_is_said():
+    summary = kron_summary(nn.Sequential(*(KronLinear(4, 4, 2, 1) for _ in range(MAX_MASKS + 2))))
+    for figure in (summary.plot(), draw_masks(summary)):
+        assert "(the last 48 of 50): dark = alive" in figure.texts[0].get_text()
+        assert all(0 <= edge <= 1 for axes in figure.axes for edge in axes.get_position().extents)
 
 
 def test_masks_of_dense_layers_with_zero_blocks_and_no_mask_on_meta():

@@ -144,3 +144,39 @@ def test_the_card_of_a_sharded_model_is_written_without_counting(tmp_path, monke
     monkeypatch.setattr("kron_hf.model_card.usage.kron_summary", lambda model: pytest.fail("counted"))
     trainer.create_model_card(model_name="tiny")
     assert "import kron_hf" in (tmp_path / "README.md").read_text()
+
+
+def test_a_dense_model_whose_tensors_transformers_renames_resumes_bit_equal(tmp_path):
+    """Trainer loads by the names of the model, also the best one at the end, but the stock one writes older names."""
+
+    def run(name, seed, **resume):
+        torch.manual_seed(seed)
+        model = ViTForImageClassification(ViTConfig(**VIT_SIZES, num_labels=4))
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "x",
+        }
+        trainer = KronTrainer(
+            model,
+            arguments(tmp_path / name, max_steps=6, save_steps=2, **options),
+            train_dataset=Images(),
+            eval_dataset=Images(8),
+            compute_metrics=lambda _: {"x": -trainer.state.global_step},  # the first is the best
+        )
+        trainer.train(**resume)
+        trainer.save_model()
+        return trainer
+
+    whole = run("whole", 0)
+    first = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    torch.testing.assert_close(whole.model.state_dict(), first, rtol=0, atol=0)
+    resumed = run("resumed", 1, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    last = [load_file(tmp_path / name / "checkpoint-6" / "model.safetensors") for name in ("whole", "resumed")]
+    torch.testing.assert_close(*last, rtol=0, atol=0)
+    # The model itself is saved as transformers does.
+    whole.model.save_pretrained(tmp_path / "ordinary")
+    saved = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("whole", "ordinary")]
+    assert saved[0] == saved[1] != whole.model.state_dict().keys()
+    assert resumed.state.global_step == 6

@@ -13,9 +13,11 @@ from tiny_cards import HISTORY, tiny_model
 from tiny_peft import quiet_peft
 
 from kron_hf import KronConfig, kron_summary, write_model_card
+from kron_hf.claims import Claims
 from kron_hf.cli import main
 from kron_hf.command.options import DataOptions
 from kron_hf.command.processor import make_image_processor
+from kron_hf.verify.model import check_merge
 from kron_hf.verify.run import verify
 
 WEIGHTS = "model.safetensors"
@@ -140,6 +142,12 @@ CHANGES = {
     "a truncated file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "the model loads"),
     "no card": (lambda f: (f / "README.md").unlink(), "SHA-256 of README.md"),
     "config.json": (lambda f: (f / "config.json").write_text("{"), "the model loads"),
+    "a number beyond floats": (lambda f: _change_claims(f, lambda c: c["whole"].update(sparsity=10**400)), "sparsity"),
+    "a figure that nobody counts": (
+        lambda f: _change_claims(f, lambda c: c["whole"].update({"accuracy on everything": None})),
+        "accuracy on everything",
+    ),
+    "a card without end": (lambda f: _lengthen(f / "README.md"), "figures in the card"),
 }
 
 
@@ -149,6 +157,8 @@ def test_a_change_fails(saved, change, claim):
     assert claim in failures(saved)
 
 
+# Each name stands for ten of the one before: written out, the last is a string of 10^12 characters.
+BOMB = "[" + ", ".join(f"&x{n} [{', '.join([f'*x{n - 1}'] * 10) if n else 1}]" for n in range(12)) + "]"
 FORGERIES = {
     "figure": (lambda f: _replace_in_card(f, "| deployed parameters (S folded into A) | ", "| deployed | "),
                "figures in the card"),
@@ -156,10 +166,23 @@ FORGERIES = {
     "metadata": (lambda f: _replace_in_card(f, "type: accuracy\n      value: ", "type: accuracy\n      value: 1"),
                  "results in the card's metadata"),
     "layers": (lambda f: _replace_in_card(f, "4 x 4", "8 x 8"), "figures in the card"),
+    "metadata beyond floats": (
+        lambda f: _replace_in_card(f, "type: accuracy\n      value: ", f"type: accuracy\n      value: {10**400} # "),
+        "results in the card's metadata",
+    ),
+    "metadata of gigabytes": (
+        lambda f: _replace_in_card(f, "type: accuracy\n      value: ", f"type: accuracy\n      value: {BOMB} # "),
+        "results in the card's metadata",
+    ),
     "second figures": (lambda f: _double(f / "README.md"), "figures in the card"),
     "weights": (lambda f: _change_weight(f, lambda s: s[:, 0].fill_(1e-30)), "nonzeros"),
     "infinite factor": (lambda f: _poison(f), "zero blocks are exactly zero in W"),
 }  # fmt: skip
+
+
+def _lengthen(card):
+    with card.open("ab") as file:
+        file.truncate(2**24 + 1)
 
 
 def _double(card):
@@ -249,6 +272,7 @@ def test_malformed_claims_are_one_clean_line(saved, capsys, content, message):
         pytest.param(lambda c: c["files"].update(x={"bytes": 1, "sha256": "0"}), "64 hex digits", id="sha"),
         pytest.param(lambda c: c["files"].update(x=1), "needs bytes and sha256", id="file"),
         pytest.param(lambda c: c["metrics"][0].update(value="1"), "a metric needs", id="metric"),
+        pytest.param(lambda c: c["metrics"][0].update(value=10**400), "a metric needs", id="beyond floats"),
         pytest.param(lambda c: c.update(frozen=[1]), "must be a list of str", id="frozen"),
         pytest.param(lambda c: c.update(whole=[]), "must be of type dict", id="whole"),
     ],
@@ -257,6 +281,48 @@ def test_claims_of_wrong_types_are_refused(saved, change, message):
     _change_claims(saved, change)
     with pytest.raises(ValueError, match=message):
         verify(str(saved))
+
+
+def test_figures_that_another_version_wrote_otherwise_say_so(saved):
+    _replace_in_card(saved, "| trained parameters |", "| trained params |")
+    _change_claims(saved, lambda c: c.update(kron_hf="0.0.0\x1b[31m"))
+    _forge_files(saved)
+    (claim,) = [name for name in failures(saved) if name.startswith("figures in the card")]
+    assert claim.startswith(r"figures in the card (of kron_hf 0.0.0\x1b[31m; kron_hf ")
+
+
+def _name_other_weights(folder):
+    """What `config.json` may do: transformers then passes `model.safetensors` over."""
+    (folder / "other.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+
+
+def _name_other_shards(folder):
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
+    (folder / "model-00001-of-00002.safetensors").write_bytes((folder / "other.safetensors").read_bytes())
+    shards = dict.fromkeys(load_file(folder / "other.safetensors"), "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+@pytest.mark.parametrize("change", [_name_other_weights, _name_other_shards])
+def test_weights_from_files_without_checksums_fail(saved, change):
+    change(saved)
+    model = tiny_model()
+    write_model_card(model, saved)  # a forger's: all checksums are those of the files
+    found = failures(saved)
+    assert "weights are loaded from these files" in found
+    assert not any(name.startswith("SHA-256") for name in found)
+
+
+@pytest.mark.parametrize(("size", "message"), [(10**6, "images of 1000000 pixels"), (9, "doesn't match model")])
+def test_a_size_of_images_that_cannot_be_tried_fails(size, message):
+    model = tiny_model()
+    model.config.image_size = size
+    claims = Claims(kron_hf="", model_class="", whole={}, layers=[])
+    check = check_merge(model, claims)[-1]
+    assert (check.claim, check.holds) == ("the model against to_dense", False)
+    assert message in check.found
 
 
 def test_names_of_strangers_are_escaped(saved, capsys):

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from kron_hf import KronConfig, get_kron_model
+from kron_hf import KronConfig, KronConv2d, get_kron_model
 from kron_hf.sparsity.pruning import kron_layers
 
 
@@ -32,11 +32,30 @@ class LeNet(hf.PreTrainedModel):
         self.fc3 = nn.Linear(84, 10)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
         hidden = torch.max_pool2d(torch.relu(self.conv1(pixel_values)), 2)
         hidden = torch.max_pool2d(torch.relu(self.conv2(hidden)), 2).flatten(1)
         hidden = torch.relu(self.fc2(torch.relu(self.fc1(hidden))))
-        return hf.modeling_outputs.ImageClassifierOutput(logits=self.fc3(hidden))
+        logits = self.fc3(hidden)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return hf.modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class UnevenConv(nn.Module):
+    """S of 5 and 1 block rows: shards of different sizes, and an empty one on the second of two processes."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc1 = KronConv2d(4, 20, 3, block_size=(4, 1), rank=3, padding=1)
+        self.norm = nn.GroupNorm(1, 20)
+        self.fc2 = KronConv2d(20, 16, 2, block_size=(16, 4), rank=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The loss for rows of 16 values, seen as 4 channels of 2 x 2."""
+        hidden = torch.tanh(self.norm(self.fc1(x.view(-1, 4, 2, 2))))
+        return nn.functional.cross_entropy(self.head(torch.tanh(self.fc2(hidden)).flatten(1)).float(), labels)
 
 
 @dataclass(frozen=True)

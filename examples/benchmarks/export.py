@@ -81,8 +81,7 @@ def onnx_files(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]
         write_onnx(exported_program(one, example_inputs(model)), paths[name], list(inputs), list(reference))  # type: ignore[arg-type]
     for name in ("dense", "kron"):
         paths[f"{name}-int8"] = folder / f"{name}-int8.onnx"
-        paths[f"{name}-int8"].write_bytes(paths[name].read_bytes())
-        quantize_onnx(paths[f"{name}-int8"])
+        quantize_onnx(paths[name], paths[f"{name}-int8"])
     rows = [onnx_row(name, path, reference, inputs) for name, path in paths.items()]
     sessions = {name: OnnxModel(path, threads=options.threads) for name, path in paths.items()}
     times: dict[str, list[float]] = {name: [] for name in sessions}

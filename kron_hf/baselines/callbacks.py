@@ -1,6 +1,7 @@
 """Callbacks that wire the baselines into the stock `Trainer`."""
 
 import warnings
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from accelerate.utils import extract_model_from_parallel
@@ -12,6 +13,7 @@ from kron_hf.baselines.pruner import BlockPruner
 from kron_hf.baselines.rigl import BlockRigL
 from kron_hf.baselines.targets import block_layers
 from kron_hf.callbacks import StatefulCallback
+from kron_hf.checkpoint import tensor_names_kept
 from kron_hf.config import BlockSize, KronConfig
 
 __all__ = [
@@ -75,6 +77,7 @@ class BlockPruningCallback(StatefulCallback):
             raise TypeError(f"{type(self).__name__} takes the number of steps from the Trainer, not total_steps")
         self.algorithm.check_options(**self.options)
         self.pruner: BlockPruner | None = None
+        self._names = ExitStack()  # in force during a training
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in trainer_state.json: resolved names, no patterns."""
@@ -92,12 +95,16 @@ class BlockPruningCallback(StatefulCallback):
         """Makes the pruner, continues it if the training was resumed, and attaches it to the optimizer."""
         if self.pruner is not None:
             self.pruner.detach()  # a training that did not reach its end
+        self._names.close()
         model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
         layers = block_layers(model, self.config)
         self.pruner = self.algorithm(layers, total_steps=state.max_steps, **self.options)
         if state.global_step > 0:
             self.pruner.load_state_dict(self._saved_state(state))
+        else:
+            self._check_alone(state)
         self.register(state)
+        self._names.enter_context(tensor_names_kept(model))  # in the checkpoints
         self.pruner.attach(kwargs["optimizer"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -113,6 +120,7 @@ class BlockPruningCallback(StatefulCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detaches; warns if the training ended before the target or the best model loaded is from before it."""
+        self._names.close()
         if self.pruner is None:
             return
         self.pruner.close()
@@ -124,6 +132,11 @@ class BlockPruningCallback(StatefulCallback):
                 "TrainingArguments so that only later ones are compared",
                 stacklevel=2,
             )
+
+    def _check_alone(self, state: TrainerState) -> None:
+        own, kinds = type(self).__name__, {kind.__name__ for kind in BlockPruningCallback.__subclasses__()}
+        if found := sorted(kinds & self.names_in(state) - {own}):
+            raise ValueError(f"this training has {own} and {', '.join(found)}, which would prune against each other")
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
         """The pruner's state in the checkpoint.

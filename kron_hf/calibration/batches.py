@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,6 +25,7 @@ __all__ = [
 
 Batch = dict[str, Any]
 FEW = 4  # examples that show where a model's tokens go
+SEQUENCES = {"input_values", "input_features", "inputs_embeds"}  # `[examples, length, features]`: not those of an image
 
 
 class Batches:
@@ -62,10 +64,9 @@ class Batches:
         if isinstance(data, Tensor | str | bytes | Mapping) or not (
             isinstance(data, Iterable) or hasattr(data, "__getitem__")
         ):
-            one = "; if it is a batch, pass [batch]" if isinstance(data, Tensor | Mapping) else ""
             raise TypeError(
                 "calibration_data must be a DataLoader, a data set or a list of batches, got "
-                f"{type(data).__name__}{one}"
+                f"{type(data).__name__}{_advice(data)}"
             )
         if isinstance(data, Iterator):
             raise TypeError(
@@ -98,6 +99,8 @@ class Batches:
                 self._check_end(index)
                 return
             batch = _without_labels(self._prepare(_as_batch(found)))
+            if not example_count(batch):
+                raise ValueError(f"batch {index} of calibration_data holds no example")
             self._check_same(index, batch)
             yield self._moved(batch)
 
@@ -131,6 +134,7 @@ class Batches:
         return {name: self._move(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _move(self, value: Tensor) -> Tensor:
+        value = value.clone() if value.is_inference() else value  # autograd cannot keep it
         return value.to(device=self._device, dtype=self._dtype if value.is_floating_point() else None)
 
 
@@ -203,19 +207,41 @@ def _holds_examples(data: Any) -> bool:
     first = data[0] if data else None
     first = first[0] if isinstance(first, tuple | list) and first else first
     if isinstance(first, Mapping):
-        tensors = [item for item in first.items() if not is_label(str(item[0])) and isinstance(item[1], Tensor)]
-        if not tensors:
-            return True
-        name, tensor = tensors[0]
-        return tensor.ndim == 1 or (tensor.ndim == 3 and name != "input_values")  # of a batch of spectrograms
+        return _is_example(first)
     return first is not None and (not isinstance(first, Tensor) or first.ndim in (1, 3))
+
+
+def _is_example(entries: Mapping[Any, Any]) -> bool:
+    """Whether the entries are those of one example: without arrays, of a text, or of an image."""
+    arrays = {
+        str(name): value
+        for name, value in entries.items()
+        if not is_label(str(name)) and isinstance(value, Tensor | np.ndarray) and value.ndim
+    }
+    if not arrays:
+        return True
+    name, first = next(iter(arrays.items()))
+    # Of three dimensions are images, too; not where several arrays agree on how many examples there are.
+    image = first.ndim == 3 and name not in SEQUENCES
+    return first.ndim == 1 or (image and not (len(arrays) > 1 and len(set(map(len, arrays.values()))) == 1))
+
+
+def _advice(data: Any) -> str:
+    if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
+        return "; pass one of its data sets"
+    return "; if it is a batch, pass [batch]" if isinstance(data, Tensor | Mapping) else ""
 
 
 def _as_batch(found: Any) -> Batch:
     if isinstance(found, tuple | list) and found:
         found = found[0]
-    if isinstance(found, Tensor):
-        return {"": found}
+    if isinstance(found, Tensor | np.ndarray):
+        return {"": _tensor(found)}
     if isinstance(found, Mapping):
-        return {str(name): value for name, value in found.items()}
+        return {str(name): _tensor(value) for name, value in found.items()}
     raise TypeError(f"a batch of calibration_data must be a mapping or a tensor, got {type(found).__name__}")
+
+
+def _tensor(value: Any) -> Any:
+    """An array of numbers as a tensor, anything else as it is."""
+    return torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value

@@ -40,6 +40,7 @@ class OutputGradients:
     others: float | None
 
 
+@torch.enable_grad()
 def output_gradients(
     model: nn.Module,
     names: Sequence[str],

@@ -12,7 +12,20 @@ from kron_hf.calibration.batches import Batch
 from kron_hf.calibration.passes import first_tensor, hooked, run
 from kron_hf.calibration.route import Route
 
-__all__ = ["reads_first_token_alone", "token_count"]
+__all__ = ["reads_first_token_alone", "reads_out_first_token", "token_count"]
+
+
+def reads_out_first_token(model: nn.Module, route: Route, batch: Batch, readout: str | None) -> bool:
+    """Whether the features are those of the first token alone: as `readout` says ("cls", "all"), or as the model shows.
+
+    Raises:
+        ValueError: "cls", and the blocks give no `[batch, tokens, features]`.
+    """
+    if readout is None:
+        return reads_first_token_alone(model, route, batch)
+    if readout == "cls" and token_count(model, route, batch) is None:
+        raise ValueError("readout='cls' needs a model whose blocks give [batch, tokens, features]")
+    return readout == "cls"
 
 
 def reads_first_token_alone(model: nn.Module, route: Route, batch: Batch) -> bool:

@@ -1,13 +1,16 @@
 """How much each token counts in the fit."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from kron_hf.calibration.batches import Batch, example_count, real_tokens
+from kron_hf.calibration.gradients import OutputGradients
+from kron_hf.calibration.route import Route
 
-__all__ = ["TokenWeights", "first_token_weights", "no_weights"]
+__all__ = ["TokenWeights", "first_token_weights", "no_weights", "weights_by_stage"]
 
 LEAST = 0.02  # of the mean
 
@@ -38,3 +41,22 @@ def first_token_weights(first: float, others: float, mask: str = "attention_mask
         return each.flatten() if plain is None else each.flatten() * plain
 
     return weights
+
+
+def weights_by_stage(
+    route: Route, gradients: Mapping[str, OutputGradients], counted: Collection[str] | None = None
+) -> dict[str, TokenWeights]:
+    """By the first name of each stage; the linears of a stage are fitted to the same rows, with the same weights.
+
+    Args:
+        route: All stages.
+        gradients: Of every linear's outputs.
+        counted: Linears that are fitted at all: others, which stay dense, have no say. None is all.
+    """
+    found: dict[str, TokenWeights] = {}
+    for stage in (stage for block in route.blocks for stage in block.stages):
+        own = [gradients[name] for name in stage if counted is None or name in counted]
+        first, others = math.fsum(each.first or 0.0 for each in own), math.fsum(each.others or 0.0 for each in own)
+        if first > 0 or others > 0:
+            found[stage[0]] = first_token_weights(first, others)
+    return found

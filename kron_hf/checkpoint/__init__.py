@@ -1,7 +1,7 @@
 """Full checkpoints: plain transformers models with Kronecker layers that `from_pretrained` loads.
 
-`hook` is the extension point of transformers; `files`, `claims`, `reading` and `cache` check what a stranger's files
-say before anything is built from them.
+`hook` is the extension point of transformers; `tensor_names` are those that Trainer looks for; `files`, `claims`,
+`reading` and `cache` check what a stranger's files say before anything is built from them.
 """
 
 from kron_hf.checkpoint.hook import (
@@ -13,6 +13,7 @@ from kron_hf.checkpoint.hook import (
     mark_trained,
     strip_kron_config,
 )
+from kron_hf.checkpoint.tensor_names import tensor_names_kept
 
 __all__ = [
     "KronCheckpointConfig",
@@ -22,4 +23,5 @@ __all__ = [
     "holds_trained_weights",
     "mark_trained",
     "strip_kron_config",
+    "tensor_names_kept",
 ]

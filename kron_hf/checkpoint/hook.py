@@ -4,7 +4,7 @@ transformers lets third parties load layers of their own through its quantizer h
 `quantization_config = {"quant_method": "kron", "format_version": 1, "modules": {name: {"block_size", "rank"}}}`:
 the resolved map (see `module_map`), so that loading never matches a pattern. Version 2 differs in the weight files
 alone, see `compact`; models save themselves in version 1. Private attributes of transformers are touched in this file
-and in no other: `_weight_conversions`, `_is_quantized`, `_is_hf_initialized`.
+and in no other: `_is_quantized`, `_is_hf_initialized`.
 """
 
 # transformers does not annotate this extension point as it is used.
@@ -24,6 +24,7 @@ from kron_hf.checkpoint.cache import check_cached_files
 from kron_hf.checkpoint.claims import check_config, check_elements
 from kron_hf.checkpoint.compact import stored_elements, unpacking
 from kron_hf.checkpoint.files import check_dtypes, check_layer, check_places, check_unmapped, read_headers
+from kron_hf.checkpoint.tensor_names import came_from_files, forget_tensor_names, keep_tensor_names
 from kron_hf.escaping import shown
 from kron_hf.kron_kinds import kron_kind
 from kron_hf.kron_layer import KronLayer
@@ -180,9 +181,7 @@ def attach_kron_config(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
-            # transformers would rename tensors to older names on saving, which Trainer's resume and
-            # load_best_model_at_end, that use plain load_state_dict, then silently skip.
-            module._weight_conversions = []
+    keep_tensor_names(model)
     model.add_model_tags(["kron_hf"])
 
 
@@ -191,9 +190,7 @@ def detach_kron_config(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     strip_kron_config(_own_config(model))
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "_weight_conversions" in vars(module):
-            del module._weight_conversions
+    forget_tensor_names(model)
     if model.model_tags is not None and "kron_hf" in model.model_tags:
         model.model_tags.remove("kron_hf")
 
@@ -219,7 +216,7 @@ def holds_trained_weights(model: nn.Module, parameters: list[Tensor]) -> bool:
 
 def _is_copy_of_a_loaded_model(module: nn.Module) -> bool:
     """A deep copy of a loaded model loses the marks of its parameters, but not the attribute of the model."""
-    return "_weight_conversions" in vars(module) and not any(map(_is_marked, module.parameters()))
+    return came_from_files(module) and not any(map(_is_marked, module.parameters()))
 
 
 def carry_trained_mark(source: nn.Module, target: nn.Module) -> None:

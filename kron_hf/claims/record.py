@@ -6,8 +6,8 @@ compares both.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from kron_hf.bounded_json import read_bounded_json
 from kron_hf.claims.files import FileClaim
 from kron_hf.escaping import shown
 
-__all__ = ["CLAIMS_FILE", "Claims", "MetricClaim", "read_claims", "write_claims"]
+__all__ = ["CLAIMS_FILE", "Claims", "MetricClaim", "is_finite_number", "read_claims", "write_claims"]
 
 CLAIMS_FILE = "kron_claims.json"
 FORMAT_VERSION = 1
@@ -109,6 +109,11 @@ def read_claims(directory: Path) -> Claims:
     return Claims.from_dict(read_bounded_json(path, MAX_BYTES))
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether it is a number that is one as a float, too; a file may hold integers that are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _check_object(values: Any) -> None:
     kinds = {
         "format_version": int,
@@ -144,10 +149,9 @@ def _file(name: str, claim: Any) -> FileClaim:
 def _metric(values: dict[str, Any]) -> MetricClaim:
     value = values.get("value")
     texts = [values.get(key) for key in ("metric", "dataset", "split")]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if (
         values.keys() != {"metric", "value", "dataset", "split"}
-        or not is_number
+        or not is_finite_number(value)
         or not all(isinstance(text, str) for text in texts)
     ):
         raise ValueError(f"{CLAIMS_FILE}: a metric needs metric, value, dataset and split, got {shown(values)}")

@@ -3,11 +3,9 @@
 import shutil
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+__all__ = ["PROCESSOR_FILES", "ProcessorFiles"]
 
-__all__ = ["ProcessorFiles"]
-
-NAMES = (
+PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
@@ -18,16 +16,14 @@ class ProcessorFiles:
     """The files of the processors of a saved model; saving them copies them as they are.
 
     Args:
-        source: Directory, or id on the Hub.
+        folder: That of the model.
     """
 
-    def __init__(self, source: str) -> None:
-        self.folder = (
-            Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=[*NAMES]))
-        )
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies those that there are."""
-        for name in NAMES:
+        for name in PROCESSOR_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder, name))

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def export(
     - `"compact"`: as `save_pretrained`, without what the zero blocks of S hide. It loads in the same way and computes
       the same, bit for bit. Entries of A where S is zero are not kept: after `unfreeze_mask` nothing grows back there.
     - `"dense"`: `to_dense`, for plain transformers without kron_hf.
-    - `"onnx"`: `model.onnx`, each Kronecker layer as two matrix products with reshapes between, for any ONNX runtime.
+    - `"onnx"`: `model.onnx`, each Kronecker layer as two matrix products with reshapes between, for any ONNX runtime;
+      weights of more than 2 GiB lie beside it in `model.onnx.data`.
     - `"torch-export"`: the same graph as `model.pt2`, for `torch.export.load(...).module()`.
 
     Graphs take batches of any size, and are compared with the model before the directory appears, which is whole or
@@ -128,10 +130,14 @@ def _write_graph(model: PreTrainedModel, format: str, folder: Path, example: dic
     program = exported_program(model, example)
     graph_config(model).save_pretrained(folder)
     if format == "onnx":
-        path = folder / "model.onnx"
-        write_onnx(program, path, list(example), list(_outputs(model, example)))
-        if int8:
-            quantize_onnx(path)
+        path, outputs = folder / "model.onnx", list(_outputs(model, example))
+        if not int8:
+            write_onnx(program, path, list(example), outputs)
+            return OnnxModel(path)
+        with TemporaryDirectory(dir=folder) as scratch:
+            whole = Path(scratch, path.name)
+            write_onnx(program, whole, list(example), outputs)
+            quantize_onnx(whole, path)
         return OnnxModel(path)
     path = folder / "model.pt2"
     torch.export.save(program, path)

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 __all__ = ["OnnxModel", "quantize_onnx", "write_onnx"]
 
-# Protocol buffers hold 2 GiB; larger weights go into a file beside the graph.
+# Protocol buffers hold 2 GiB: larger weights go into a file `NAME.data` beside the graph, which runtimes find there.
 LARGEST = 2**31 - 2**27
 
 
@@ -25,7 +25,7 @@ def write_onnx(program: ExportedProgram, path: Path, inputs: list[str], outputs:
 
     Args:
         program: The graph.
-        path: The file.
+        path: The file; weights of more than 2 GiB go into another one beside it, `NAME.data`.
         inputs: Names for its inputs.
         outputs: Names for its outputs.
 
@@ -44,15 +44,18 @@ def write_onnx(program: ExportedProgram, path: Path, inputs: list[str], outputs:
     written.save(str(path), external_data=size > LARGEST)
 
 
-def quantize_onnx(path: Path) -> None:
-    """Rewrites an ONNX file with weights of 8 bits, by onnxruntime's dynamic quantisation: it needs no data."""
+def quantize_onnx(whole: Path, path: Path) -> None:
+    """Writes an ONNX file with weights of 8 bits, by onnxruntime's dynamic quantisation: it needs no data.
+
+    Args:
+        whole: The file to read, in another folder: both may have weights beside them.
+        path: The file to write.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole = path.with_suffix(".whole.onnx")
-    path.rename(whole)
+    size = sum(file.stat().st_size for file in whole.parent.glob(f"{whole.name}*"))
     with _quiet_exporter():
-        quantize_dynamic(str(whole), str(path), weight_type=QuantType.QInt8)
-    whole.unlink()
+        quantize_dynamic(str(whole), str(path), weight_type=QuantType.QInt8, use_external_data_format=size > LARGEST)
 
 
 class OnnxModel:

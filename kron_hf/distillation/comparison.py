@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kron_hf.distillation.config import DistillationConfig
 from kron_hf.distillation.parts import cosine_distance, kl_divergence, relative_mse
-from kron_hf.distillation.states import States, token_mask
+from kron_hf.distillation.states import States, inputs_of_output, token_mask
 
 __all__ = ["compare"]
 
@@ -22,6 +22,7 @@ def compare(student: States, teacher: States, inputs: Inputs, config: Distillati
         ValueError: A part was asked for by name and one model cannot give it, there is none at all, or both give one
             in different shapes.
     """
+    inputs = inputs_of_output(inputs, student)
     parts = {}
     for part, formula in _FORMULAS.items():
         if config.wants(part) and (pair := _pair(part, student, teacher, config)) is not None:

@@ -112,7 +112,8 @@ class DistillationLoss:
 
         Trainer leaves it to this function to divide by the accumulation steps. From the labels it can: a batch weighs
         its share of `num_items_in_batch`. Without labels set `trainer.loss_is_scaled_for_ga = False`, which older
-        versions of Trainer lack, or take `KronTrainer`.
+        versions of Trainer lack, or take `KronTrainer`; also for `label_smoothing_factor`, which Trainer forgets where
+        it has a `compute_loss_func`.
 
         Raises:
             ValueError: No student is attached, or as for `compute`.
@@ -123,7 +124,7 @@ class DistillationLoss:
         inputs, recorder.inputs = recorder.inputs, None
         if labels is not None and getattr(recorder.model, "loss_type", None) == "ForCausalLM":
             raise ValueError("the labels of a causal language model must be shifted: use KronTrainer(teacher=...)")
-        parts, logits = self.compare(outputs, inputs), outputs.get("logits")
+        parts, logits = self.compare(outputs, inputs, labels), outputs.get("logits")
         share: Tensor | float = 1.0
         if labels is not None and num_items_in_batch is not None:
             share = (labels != -100).sum() / num_items_in_batch
@@ -146,11 +147,14 @@ class DistillationLoss:
             self._recorder = Recorder(student, hidden=self.config.wants("hidden"))
         return self._recorder
 
-    def compare(self, outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The parts but for the task, from outputs that were recorded; clears the outputs of what was added."""
+    def compare(self, outputs: Any, inputs: Mapping[str, Any], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts but for the task, from outputs that were recorded; clears the outputs of what was added.
+
+        Labels that are not among the inputs tell, in a decoder, which tokens count.
+        """
         assert self._recorder is not None
         student, teacher = self._recorder.take(outputs), self._teacher.states(inputs)
-        return compare(student, teacher, inputs, self.config)
+        return compare(student, teacher, inputs if labels is None else {**inputs, "labels": labels}, self.config)
 
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum."""

@@ -92,6 +92,7 @@ class Recorder:
             tokens=None if tokens is None else as_tokens(tokens),
             hidden=tuple(as_tokens(each) for each in hidden) or None,
             class_token=has_class_token(self.model, tokens),
+            decoded=bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)),
         )
 
     def _clean(self, outputs: Any, hidden: tuple[Tensor, ...]) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["States", "as_tokens", "has_class_token", "softmax_logits", "token_mask"]
+__all__ = ["States", "as_tokens", "has_class_token", "inputs_of_output", "softmax_logits", "token_mask"]
 
 _CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}  # names of its parameter
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 _NO_SOFTMAX = {"regression", "multi_label_classification"}
 
 
@@ -22,6 +23,7 @@ class States:
         tokens: Final tokens `[batch, tokens, features]`.
         hidden: The tokens after the embeddings and after each layer.
         class_token: Whether the first final token is one that stands for the whole; None: perhaps, if it is text.
+        decoded: Whether the tokens are those of a decoder beside an encoder.
     """
 
     model: str
@@ -29,6 +31,7 @@ class States:
     tokens: Tensor | None = None
     hidden: tuple[Tensor, ...] | None = None
     class_token: bool | None = False
+    decoded: bool = False
 
     def get(self, part: str, asked: bool) -> Tensor | tuple[Tensor, ...] | None:
         """What a part compares; `asked`: the first token of a text is taken for its class token."""
@@ -61,6 +64,22 @@ def has_class_token(model: nn.Module, tokens: Tensor | None) -> bool | None:
     if any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters()):
         return True
     return None if getattr(model, "main_input_name", None) == "input_ids" else False
+
+
+def inputs_of_output(inputs: Mapping[str, Any], states: States) -> Mapping[str, Any]:
+    """The batch with the `attention_mask` of the tokens that the model gives.
+
+    Those of a decoder have `decoder_attention_mask`, or else the labels that are not -100, if they are labelled.
+    """
+    labels = inputs.get("labels")
+    labelled = isinstance(labels, Tensor) and labels.dim() == 2
+    if not states.decoded or not (labelled or any(name in inputs for name in _DECODER_INPUTS)):
+        return inputs  # without inputs of its own the decoder takes the encoder's
+    mask = inputs.get("decoder_attention_mask")
+    if mask is None and labelled:
+        mask = labels != -100
+    others = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    return others if mask is None else {**others, "attention_mask": mask}
 
 
 def token_mask(inputs: Mapping[str, Any], tokens: Tensor) -> Tensor | None:

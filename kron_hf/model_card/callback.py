@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kron_hf.callbacks import sparsity_arguments
+from kron_hf.claims.record import is_finite_number
 from kron_hf.model_card.card import write_model_card
 from kron_hf.model_card.training import public_settings
 from kron_hf.sharding import is_sharded
@@ -97,7 +98,7 @@ def _metrics(args: TrainingArguments, state: TrainerState) -> dict[str, float]:
         measured = [entry for entry in measured if entry.get("step") == state.best_global_step]
     last = measured[-1] if measured else {}
     figures = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
-    return {key: value for key, value in figures.items() if key not in NO_METRICS and isinstance(value, int | float)}
+    return {key: value for key, value in figures.items() if key not in NO_METRICS and is_finite_number(value)}
 
 
 def _settings(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

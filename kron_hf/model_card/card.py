@@ -18,6 +18,7 @@ from torch import nn
 from kron_hf.claims import Claims, MetricClaim, claimed_files, count, file_claim, merge_difference, write_claims
 from kron_hf.claims.count import frozen_names
 from kron_hf.claims.files import CARD, is_weights
+from kron_hf.claims.record import is_finite_number
 from kron_hf.escaping import printable
 from kron_hf.model_card.curves import draw_curves
 from kron_hf.model_card.figures import figures_section
@@ -86,13 +87,15 @@ def write_model_card(
     Raises:
         NotADirectoryError: `directory` is none.
         FileExistsError: There is a README.md from elsewhere.
-        ValueError: Metrics without a data set, or a licence that is no abbreviation.
+        ValueError: Metrics without a data set or that are not finite, or a licence that is no abbreviation.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise NotADirectoryError(f"a model card needs the directory of a saved model, got {str(directory)!r}")
     if metrics and not dataset:
         raise ValueError(f"metrics {dict(metrics)} need dataset=, the name of the data they were measured on")
+    if wrong := [key for key, value in (metrics or {}).items() if not is_finite_number(float(value))]:
+        raise ValueError(f"metrics must be finite numbers, got {wrong[0]!r}: {dict(metrics or {})[wrong[0]]}")
     path = directory / CARD
     if path.exists() and not overwrite and not _is_nobodys(path.read_text(encoding="utf-8")):
         raise FileExistsError(f"{path} exists and was not written by kron_hf; pass overwrite=True to replace it")
@@ -116,7 +119,7 @@ def write_model_card(
     weights = {file: file_claim(directory / file) for file in claimed_files(directory) if is_weights(file)}
     front = card_data(model, name, measured, base_model=stated["base_model"], license=license)
     figures = figures_section(summary, whole, weights, measured)
-    _save(path, _render(model, name, front.to_yaml(), figures, drawn, stated, weights, report))
+    _save(path, _render(model, name, front.to_yaml(), figures, drawn, stated, weights, report, bool(measured)))
     claims = Claims(
         kron_hf=version("kron_hf"),
         model_class=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
@@ -184,6 +187,7 @@ def _render(
     stated: Mapping[str, Any],
     weights: Mapping[str, Any],
     report: str | None,
+    is_measured: bool,
 ) -> str:
     introduction, loading = usage(model, name)
     latency = stated["latency"]
@@ -206,7 +210,7 @@ def _render(
         settings=_settings(stated["training"]),
         versions=", ".join(f"{package} {number}" for package, number in stated["versions"].items()),
         commit=_in_code(stated["commit"]),
-        limits=_limits(latency is not None),
+        limits=_limits(is_measured, latency is not None),
         verification=fenced(_command(name, weights), "sh"),
         licence=_licence(stated),
     )
@@ -224,9 +228,11 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _limits(is_timed: bool) -> list[str]:
+def _limits(is_measured: bool, is_timed: bool) -> list[str]:
     limits = [
-        "It was measured on the data named above and on nothing else; what it does with other images is not known.",
+        "It was measured on the data named above and on nothing else; what it does with other data is not known."
+        if is_measured
+        else "How good it is was not measured.",
         "It needs `kron_hf` to load. `kron_hf.to_dense(model)` gives plain layers, as large as the dense ones.",
     ]
     if not is_timed:

@@ -37,6 +37,7 @@ def draw_curves(curves: Curves) -> Any:
         raise ImportError("training curves need matplotlib: pip install 'kron_hf[demo]'") from error
     figure: Any = Figure(figsize=(6.4, 0.6 + 2.2 * len(groups)))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.1, right=0.98, top=1 - 0.15 / figure.get_figheight())
     axes: Any = None
     for axes, (label, group) in zip(
         figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0], groups, strict=True

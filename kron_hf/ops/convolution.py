@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kron_hf.factors import kron_sum
 
-__all__ = ["Convolution", "Way", "cheapest_way", "kron_conv2d"]
+__all__ = ["Convolution", "Way", "cheapest_way", "kron_conv2d", "multiply_adds"]
 
 Way = Literal["b_first", "m_first", "build_w"]
 # What the factors must promise, in multiply-adds, before W is not built: convolutions with few channels run at a lower
@@ -71,13 +71,20 @@ def cheapest_way(m_shape: torch.Size, b_shape: torch.Size, input_positions: int,
     Building W once a call, which is as much as `rank` positions more, is not counted. On the meta device, where nothing
     is computed and FLOPs are counted, it is the cheaper of the two ways from the factors.
     """
+    counts = multiply_adds(m_shape, b_shape, input_positions)
+    factored: Way = "b_first" if counts["b_first"] <= counts["m_first"] else "m_first"
+    return "build_w" if device_type != "meta" and counts[factored] > _MARGIN * counts["build_w"] else factored
+
+
+def multiply_adds(m_shape: torch.Size, b_shape: torch.Size, input_positions: int) -> dict[Way, int]:
+    """Of each way, per position of the output; to build W is not counted."""
     (rank, out_blocks, in_blocks), (_, block_out, block_in, *kernel) = m_shape, b_shape
     out_channels, in_channels, kernel_entries = out_blocks * block_out, in_blocks * block_in, prod(kernel)
-    b_first = rank * (kernel_entries * in_channels * block_out + out_channels * in_blocks)
-    m_first = rank * (input_positions * in_channels * out_blocks + kernel_entries * out_channels * block_in)
-    if device_type != "meta" and min(b_first, m_first) > _MARGIN * kernel_entries * in_channels * out_channels:
-        return "build_w"
-    return "b_first" if b_first <= m_first else "m_first"
+    return {
+        "b_first": rank * (kernel_entries * in_channels * block_out + out_channels * in_blocks),
+        "m_first": rank * (input_positions * in_channels * out_blocks + kernel_entries * out_channels * block_in),
+        "build_w": kernel_entries * in_channels * out_channels,
+    }
 
 
 def kron_conv2d(

@@ -1,4 +1,4 @@
-"""The factors of a convolution as evaluation needs them: S inside A, or W itself."""
+"""The factors of a convolution for evaluation: S inside A, without channels that are all zero; or W itself."""
 
 from dataclasses import dataclass, field
 
@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 from kron_hf.factors import kron_sum
-from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d
+from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d, multiply_adds
+from kron_hf.ops.cost import Dropped
+from kron_hf.ops.cpu_costs import cpu_costs
 from kron_hf.ops.folded import Folded, tracked
 
-__all__ = ["FoldedConvolution", "fold_convolution"]
+__all__ = ["FoldedConvolution", "fold_convolution", "worth_dropping"]
+
+# As `cost._MARGIN`, for what the costs leave out, and what is lost when other work runs beside.
+_MARGIN = 0.85
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedConvolution(Folded):
-    """As `Folded`, for `KronConv2d`; it keeps all block rows and columns.
+    """As `Folded`, for `KronConv2d`; a weight that is kept is that between the living channels.
 
     Attributes:
         convolution: The geometry.
@@ -24,6 +29,19 @@ class FoldedConvolution(Folded):
 
     def __call__(self, x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of x `[N, I * bi, H, W]`, without gradients for the factors."""
+        block_out, block_in = b.shape[1:3]
+        if self.columns is not None:
+            x = x.unflatten(1, (-1, block_in)).index_select(1, self.columns).flatten(1, 2)
+        if self.rows is None:
+            return self._of_living(x, b, bias)
+        blocks = (self.out_blocks, block_out)
+        living_bias = None if bias is None else bias.view(blocks)[self.rows].flatten()
+        y = self._of_living(x, b, living_bias).unflatten(1, (-1, block_out))
+        shape = (y.shape[0], *blocks, *y.shape[3:])
+        out = y.new_zeros(shape) if bias is None else bias.to(y.dtype).view(*blocks, 1, 1).expand(shape).contiguous()
+        return out.index_copy_(1, self.rows, y).flatten(1, 2)
+
+    def _of_living(self, x: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         if self.m is not None:
             return kron_conv2d(x, self.m, b, bias, self.convolution)
         assert self.weight is not None
@@ -56,9 +74,54 @@ def fold_convolution(
         ValueError: The factors were made in inference mode: torch does not say whether they are written to.
     """
     sources, marks = tracked((s, a, b, dead_blocks))
-    m = (s if dead_blocks is None else s.masked_fill(dead_blocks, 0.0)) * a
-    known = (sources, marks, s.shape[0])
+    masked = s if dead_blocks is None else s.masked_fill(dead_blocks, 0.0)
+    living = masked != 0
+    rows, columns = living.any(1).nonzero().flatten(), living.any(0).nonzero().flatten()
+    dropped = worth_dropping(a, b, convolution.input_positions, len(rows), len(columns))
+    m = masked * a
+    if dropped.rows:
+        m = m.index_select(1, rows)
+    if dropped.columns:
+        m = m.index_select(2, columns)
     way = cheapest_way(m.shape, b.shape, convolution.input_positions, m.device.type)
-    if keep_weight and way == "build_w":
-        return FoldedConvolution(*known, weight=kron_sum(m, b), convolution=convolution)
-    return FoldedConvolution(*known, m=m, convolution=convolution)
+    weight = kron_sum(m, b) if keep_weight and way == "build_w" else None
+    return FoldedConvolution(
+        sources,
+        marks,
+        s.shape[0],
+        m=m if weight is None else None,
+        weight=weight,
+        rows=rows if dropped.rows else None,
+        columns=columns if dropped.columns else None,
+        convolution=convolution,
+    )
+
+
+def worth_dropping(a: Tensor, b: Tensor, input_positions: int, living_rows: int, living_columns: int) -> Dropped:
+    """Whether a convolution is cheaper without the block rows and columns of S that are all zero.
+
+    As for linears, see `cost.worth_dropping`: living channels are gathered and written between dead ones, each a run of
+    whole images. What is done once a call is not counted, so that neither the batch nor the size of images decides.
+    """
+    nothing = Dropped(rows=False, columns=False)
+    if a.device.type != "cpu" or not living_rows:  # elsewhere the traffic has not been measured
+        return nothing
+    (rank, out_blocks, in_blocks), (block_out, block_in) = a.shape, b.shape[1:3]
+    costs = cpu_costs(b.dtype, torch.get_num_threads())
+
+    def cost(dropped: Dropped) -> float:
+        rows = living_rows if dropped.rows else out_blocks
+        columns = living_columns if dropped.columns else in_blocks
+        m_shape = torch.Size((rank, rows, columns))
+        way = cheapest_way(m_shape, b.shape, input_positions, a.device.type)
+        gathered = costs.gather * columns * block_in * input_positions if dropped.columns else 0
+        scattered = block_out * (costs.scatter * rows + costs.fill * out_blocks) if dropped.rows else 0
+        return multiply_adds(m_shape, b.shape, input_positions)[way] + gathered + scattered
+
+    options = [
+        Dropped(rows, columns)
+        for rows in {False, living_rows < out_blocks}
+        for columns in {False, living_columns < in_blocks}
+    ]
+    best = min(options, key=cost)
+    return best if cost(best) < _MARGIN * cost(nothing) else nothing

@@ -8,8 +8,8 @@ from kron_hf.training_history import Curves
 
 __all__ = ["draw_charts"]
 
-WIDTH, HEIGHT = 300, 130
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 20
+WIDTH, HEIGHT = 300, 140
+LEFT, RIGHT, TOP, BOTTOM = 60, 8, 10, 24
 DOTS = 40  # as many points or fewer get a dot each
 
 
@@ -28,12 +28,12 @@ def _chart(name: str, points: list[tuple[int, float]]) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places) if len(places) <= DOTS else ""
     ticks = "".join(
-        f'<text x="{LEFT - 4}" y="{_height(value, low, high) + 3:.1f}" text-anchor="end">{value:.3g}</text>'
+        f'<text x="{LEFT - 4}" y="{_height(value, low, high) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
         for value in (low, high)
     )
     ends = (
-        f'<text x="{LEFT}" y="{HEIGHT - 5}">step {begin:,}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{end:,}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">step {begin:,}</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{end:,}</text>'
     )
     frame = f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
     return (

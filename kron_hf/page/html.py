@@ -11,7 +11,8 @@ from html import escape
 
 from kron_hf.escaping import plain
 from kron_hf.page.curves import draw_charts
-from kron_hf.page.layers import LayerPicture, draw_layer, layer_table
+from kron_hf.page.grid import draw_grid, draw_legend
+from kron_hf.page.layers import LayerPicture, layer_table
 from kron_hf.page.style import STYLE
 from kron_hf.summary import KronSummary
 from kron_hf.training_history import Curves
@@ -32,7 +33,6 @@ def build_page(name: str, kind: str, summary: KronSummary, pictures: Mapping[str
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = escape(plain(name))
-    layers = "".join(draw_layer(layer, pictures.get(layer.name)) for layer in summary.layers)
     charts = "".join(draw_charts(curves))
     training = f'<h2>Training</h2><div class="grid">{charts}</div>' if charts else ""
     return (
@@ -43,10 +43,11 @@ def build_page(name: str, kind: str, summary: KronSummary, pictures: Mapping[str
         f"<h1>{title}</h1><p>{escape(plain(kind))} with {len(summary.layers)} Kronecker layers, "
         "W = sum of (S * A) (x) B: a zero of S makes a whole block of W zero.</p>"
         f'<div class="totals">{_totals(summary)}</div>\n'
-        "<h2>Layers</h2><p>Each picture is a weight, out by in. A cell is a block: blank where it is exactly zero, "
-        "darker the larger its norm, on the scale of its layer.</p>"
-        f'<div class="grid">{layers}</div>\n'
-        f"{training}\n<h2>Numbers</h2>{layer_table(summary)}"
+        f"{training}\n"
+        "<h2>Layers</h2><p>Each picture is a weight, out by in, with a cell for each block. Parameters are those "
+        "deployed, with S folded into A.</p>"
+        f"{draw_legend()}{draw_grid(summary, pictures)}\n"
+        f"<h2>Numbers</h2>{layer_table(summary)}"
         "<p>A multiply-add is 2 FLOPs. No kernel skips single zero blocks. Deployed: S folded into A.</p>"
         "</body></html>\n"
     )

@@ -56,12 +56,12 @@ def draw_layer(layer: LayerSummary, picture: LayerPicture | None) -> str:
 def layer_table(summary: KronSummary) -> str:
     """All layers as rows."""
     header = ("module", "block", "rank", "sparsity", "stored", "deployed", "dense", "FLOPs/token", "of dense")
-    head = "".join(f"<th>{label}</th>" for label in header)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _row(layer))}</tr>"
-        for layer in (*summary.layers, summary.converted)
+    head = "".join(f'<th scope="col">{label}</th>' for label in header)
+    rows = "".join(map(_table_row, summary.layers))
+    return (
+        '<div class="wide" role="region" tabindex="0" aria-label="All layers"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody><tfoot>{_table_row(summary.converted)}</tfoot></table></div>"
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _picture(layer: KronLayer) -> LayerPicture:
@@ -88,6 +88,7 @@ def _image(name: str, picture: LayerPicture) -> str:
         note = "<figcaption>A dot stands for several blocks; it is blank where all of them are zero.</figcaption>"
     return (
         f'<svg class="mask" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
+        f'<rect class="zero" width="{width}" height="{height}"/>'
         f'<image width="{width}" height="{height}" preserveAspectRatio="none" image-rendering="pixelated" '
         f'href="data:image/png;base64,{data}"/></svg>{note}'
     )
@@ -95,7 +96,9 @@ def _image(name: str, picture: LayerPicture) -> str:
 
 def _sizes(layer: LayerSummary) -> list[tuple[str, str]]:
     size = layer.block_size
+    kernel = [("kernel", " x ".join(map(str, layer.kernel_size)))] if layer.kernel_size else []
     return [
+        *kernel,
         ("block, rank", "being selected" if size is None else f"{size[0]} x {size[1]}, {layer.rank}"),
         ("sparsity", _share(layer.sparsity)),
     ]
@@ -103,9 +106,10 @@ def _sizes(layer: LayerSummary) -> list[tuple[str, str]]:
 
 def _costs(layer: LayerSummary) -> list[tuple[str, str]]:
     shares = layer.shares_of_dense()
+    unit = "position" if layer.kernel_size else "token"
     return [
-        ("parameters, deployed", f"{layer.deployed_params:,} ({_share(shares['deployed_params'])} of dense)"),
-        ("FLOPs a token", f"{layer.forward_flops:,} ({_share(shares['forward_flops'])} of dense)"),
+        ("parameters", f"{layer.deployed_params:,} ({_share(shares['deployed_params'])} of dense)"),
+        (f"FLOPs a {unit}", f"{layer.forward_flops:,} ({_share(shares['forward_flops'])} of dense)"),
     ]
 
 
@@ -116,6 +120,11 @@ def _norms(picture: LayerPicture) -> list[tuple[str, str]]:
         ("norm of W", f"{picture.norm:.4g}"),
         ("norms of blocks", f"{low:.3g} to {high:.3g}"),
     ]
+
+
+def _table_row(layer: LayerSummary) -> str:
+    name, *cells = map(escape, _row(layer))
+    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _row(layer: LayerSummary) -> tuple[str, ...]:

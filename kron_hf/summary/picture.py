@@ -17,7 +17,8 @@ MAX_NAMES = 60  # along an axis
 MAX_MASKS = 48  # in one picture: those of the last layers
 MAX_CELLS = 256  # of a mask, along a side
 COLUMNS = 6
-INCHES = 1.9  # of a mask
+INCHES = 1.5  # of a mask: the picture is 900 pixels wide, of which cards show some 700
+BARS, NAMES, TITLE = 1.3, 1.0, 0.4  # heights in inches
 
 
 def draw_summary(summary: KronSummary) -> Any:
@@ -30,14 +31,15 @@ def draw_summary(summary: KronSummary) -> Any:
     if not summary.layers:
         raise ValueError("there are no layers to draw")
     masks = dict(list(summary.masks.items())[-MAX_MASKS:])
-    rows = -(-len(masks) // COLUMNS)
-    heights = (2.0, 2.6, INCHES * rows + 0.4)
-    figure = _figure((COLUMNS * INCHES, sum(heights) + 1.0))
-    total = sum(heights) + 1.0
-    bars = figure.add_axes((0.09, 1 - 2.0 / total, 0.89, 1.6 / total))
-    counts = figure.add_axes((0.09, 1 - 4.0 / total, 0.89, 1.6 / total))
-    _draw_bars(bars, counts, summary)
-    _draw_grid(figure, masks, _sizes(summary), top=1 - 5.4 / total, height=INCHES * rows / total)
+    height = 2 * (TITLE + BARS) + NAMES + _grid_height(masks)
+    figure = _figure((COLUMNS * INCHES, height))
+    axes: list[Any] = []
+    for number in (1, 2):
+        bottom = height - number * (TITLE + BARS)
+        axes.append(figure.add_axes((0.09, bottom / height, 0.89, BARS / height)))
+    _draw_bars(axes[0], axes[1], summary)
+    if masks:
+        _draw_grid(figure, masks, summary)
     return figure
 
 
@@ -51,13 +53,8 @@ def draw_masks(summary: KronSummary) -> Any:
     masks = dict(list(summary.masks.items())[-MAX_MASKS:])
     if not masks:
         raise ValueError("there are no masks to draw")
-    rows = -(-len(masks) // COLUMNS)
-    height = INCHES * rows + 0.4
-    figure = _figure((COLUMNS * INCHES, height))
-    left = "" if len(masks) == len(summary.masks) else f" (the last {len(masks)} of {len(summary.masks)})"
-    title = f"Blocks of the weights{left}: dark = alive, light = exactly zero"
-    figure.text(0.02, 1 - 0.25 / height, title, fontsize=9)
-    _draw_grid(figure, masks, _sizes(summary), top=1 - 0.4 / height, height=INCHES * rows / height)
+    figure = _figure((COLUMNS * INCHES, _grid_height(masks)))
+    _draw_grid(figure, masks, summary)
     return figure
 
 
@@ -72,43 +69,49 @@ def _figure(size: tuple[float, float]) -> Any:
     return figure
 
 
-def _sizes(summary: KronSummary) -> dict[str, tuple[int, int]]:
-    return {layer.name: layer.block_size for layer in summary.layers if layer.block_size is not None}
+def _grid_height(masks: Mapping[str, Tensor]) -> float:
+    return INCHES * -(-len(masks) // COLUMNS) + TITLE if masks else 0.0
 
 
 def _draw_bars(bars: Any, counts: Any, summary: KronSummary) -> None:
+    """Both from zero and linear, as the length of a bar is read as its value."""
+    from matplotlib.ticker import EngFormatter
+
     layers, places = summary.layers, range(len(summary.layers))
     bars.bar(places, [layer.sparsity or 0.0 for layer in layers], color=BLUE)
     bars.set_ylim(0, 1)
-    bars.set_ylabel("sparsity")
+    bars.set_title("sparsity", fontsize=9, loc="left")
     bars.set_xticks([])
     widths = {"width": 0.4, "edgecolor": "0.2", "linewidth": 0.3}
     dense, deployed = ([getattr(layer, name) for layer in layers] for name in ("dense_params", "deployed_params"))
     counts.bar([x - 0.2 for x in places], dense, color=ORANGE, hatch="//", label="dense", **widths)
     counts.bar([x + 0.2 for x in places], deployed, color=BLUE, label="deployed", **widths)
-    counts.set_yscale("log")
-    counts.set_ylabel("parameters")
-    counts.legend(fontsize=7)
+    counts.set_title("parameters", fontsize=9, loc="left")
+    counts.yaxis.set_major_formatter(EngFormatter(sep=""))
+    counts.legend(fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, frameon=False)
     named = range(0, len(layers), -(-len(layers) // MAX_NAMES))
     counts.set_xticks(named, [_label(layers[i].name) for i in named], rotation=90, fontsize=6)
     for label in counts.get_xticklabels():
         label.set_parse_math(False)  # a name may hold dollars
     for axes in (bars, counts):
         axes.set_xlim(-0.6, len(layers) - 0.4)
+        axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
 
 
-def _draw_grid(
-    figure: Any, masks: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]], *, top: float, height: float
-) -> None:
-    """Axes are placed by hand: matplotlib's layout engines take seconds over as many."""
-    rows = -(-len(masks) // COLUMNS) or 1
-    cell, wide = height / rows, 1 / COLUMNS
+def _draw_grid(figure: Any, masks: Mapping[str, Tensor], summary: KronSummary) -> None:
+    """At the bottom. Axes are placed by hand: matplotlib's layout engines take seconds over as many."""
+    sizes = {layer.name: layer.block_size for layer in summary.layers if layer.block_size is not None}
+    height = figure.get_figheight()
+    top, cell = _grid_height(masks) - TITLE, INCHES / height
+    left = "" if len(masks) == len(summary.masks) else f" (the last {len(masks)} of {len(summary.masks)})"
+    title = f"Blocks of the weights{left}: dark = alive, light = exactly zero"
+    figure.text(0.012, (top + 0.15) / height, title, fontsize=9)
     for index, (name, mask) in enumerate(masks.items()):
         row, column = divmod(index, COLUMNS)
-        place = ((column + 0.06) * wide, top - (row + 0.98) * cell, 0.88 * wide, 0.78 * cell)
-        axes = figure.add_axes(place)
+        bottom = top / height - (row + 0.96) * cell
+        axes = figure.add_axes(((column + 0.06) / COLUMNS, bottom, 0.88 / COLUMNS, 0.72 * cell))
         block_out, block_in = sizes[name]
         ratio = block_out * mask.shape[0] / (block_in * mask.shape[1])  # height over width of the weight
         shown = _shrunk(mask)
@@ -121,7 +124,7 @@ def _draw_grid(
             aspect=ratio * shown.shape[1] / shown.shape[0],
         )
         share = 1 - mask.float().mean().item()
-        axes.set_title(f"{_label(name)}\nsparsity {share:.2f}", fontsize=6, pad=2, parse_math=False)
+        axes.set_title(f"{_label(name)}\nsparsity {share:.2f}", fontsize=7, pad=2, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from kron_hf.checkpoint import tensor_names_kept
 from kron_hf.trainer.last_checkpoint import last_checkpoint
 from kron_hf.trainer.whole_files import (
     discard,
@@ -30,7 +31,8 @@ class SafeSaving(Trainer):
 
     The stock Trainer writes `checkpoint-N` in place: killed or out of disk space half-way, it leaves a directory that
     the next `train(resume_from_checkpoint=True)` takes up. Here `checkpoint-N` exists only when all ranks have written
-    it and it is on the disk. The same holds while old ones are deleted, and for `save_model`.
+    it and it is on the disk. The same holds while old ones are deleted, and for `save_model`. A checkpoint holds the
+    names that the model's tensors have, which the stock Trainer looks for when it resumes, but does not write.
     """
 
     _staging: Path | None = None  # set while a checkpoint is being written
@@ -77,7 +79,8 @@ class SafeSaving(Trainer):
         with saving_errors(staging, final):
             self._staging = staging
             try:
-                super()._save_checkpoint(model, trial)
+                with tensor_names_kept(self.accelerator.unwrap_model(model)):
+                    super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
                 self._name_best(run_dir, self.state.global_step)

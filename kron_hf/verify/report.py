@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kron_hf.claims.record import is_finite_number
 from kron_hf.command.table import aligned
-from kron_hf.escaping import plain
+from kron_hf.escaping import plain, shown
 
 __all__ = ["Check", "Report", "compared", "failed", "unchecked"]
 
@@ -61,8 +62,8 @@ class Report:
 def compared(claim: str, claimed: Any, found: Any, *, tolerance: float = 0.0) -> Check:
     """A claim about a value that was found again; numbers may differ by the tolerance, relative to both."""
     holds = type(claimed) is type(found) and claimed == found
-    if isinstance(claimed, int | float) and isinstance(found, int | float) and not isinstance(claimed, bool):
-        holds = abs(claimed - found) <= tolerance * max(1.0, abs(claimed), abs(found))  # False for NaN
+    if is_finite_number(claimed) and is_finite_number(found):
+        holds = abs(claimed - found) <= tolerance * max(1.0, abs(claimed), abs(found))
     return Check(claim, _written(claimed), _written(found), holds)
 
 
@@ -84,4 +85,6 @@ def _cell(text: str) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30:
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else shown(value)

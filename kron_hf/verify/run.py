@@ -9,7 +9,7 @@ from torch import nn
 from kron_hf.claims import Claims, FileClaim, read_claims
 from kron_hf.command.options import DataOptions
 from kron_hf.escaping import one_line
-from kron_hf.verify.files import check_files, check_pins, parse_pins
+from kron_hf.verify.files import check_files, check_loaded, check_pins, parse_pins
 from kron_hf.verify.metrics import check_metrics
 from kron_hf.verify.model import check_card, check_counts, check_merge, check_zeros
 from kron_hf.verify.report import Check, Report, failed, unchecked
@@ -46,7 +46,7 @@ def verify(
     pins = parse_pins(sha256, directory)
     claims = read_claims(directory)
     checks, files = check_files(directory, claims.files)
-    checks += check_pins(directory, pins)
+    checks += [check_loaded(directory, files), *check_pins(directory, pins)]
     try:
         model = load_model(directory, claims, base)
     except (OSError, ValueError) as error:

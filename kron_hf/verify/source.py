@@ -1,9 +1,10 @@
-"""Where the files to verify are: a folder, or the Hub."""
+"""Where the files of a saved model are, a folder or the Hub, and the model in them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from torch import nn
@@ -17,10 +18,16 @@ from kron_hf.model import model_class_for
 __all__ = ["find_directory", "load_model"]
 
 PATTERNS = ("*.safetensors", "*.json", "*.png", "README.md")
+NESTED = ("*/*.safetensors", "*/*.png")  # checkpoints that Trainer pushes: as large as the model each
 
 
-def find_directory(name: str, revision: str | None = None) -> Path:
+def find_directory(name: str, revision: str | None = None, *, also: Iterable[str] = ()) -> Path:
     """The folder of a saved model; of an id on the Hub the files are downloaded, or found in the cache.
+
+    Args:
+        name: Folder, or id on the Hub.
+        revision: Branch, tag or commit on the Hub.
+        also: Names of files that are wanted besides weights, JSON and the card.
 
     Raises:
         OSError: There is none.
@@ -31,9 +38,10 @@ def find_directory(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise NotADirectoryError(f"{name} is no directory")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+        wanted = {"allow_patterns": [*PATTERNS, *also], "ignore_patterns": list(NESTED)}
+        return Path(snapshot_download(name, revision=revision, **wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = one_line(str(error))
+        reason = one_line(str(error)).replace(constants.HF_HUB_CACHE, "the cache")
         raise OSError(f"{name} is no directory here, and no model on the Hub could be read: {reason}") from error
 
 
