@@ -32,7 +32,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(files):
-    train_encoder(files / "encoder", verses(files / "verses.txt"), masked_steps=2, steps=2)
+    train_encoder(files / "encoder", verses(files / "verses.txt"), masked_steps=2, steps=2, layers=1)
     return files / "encoder"
 
 
@@ -46,7 +46,6 @@ def small(monkeypatch):
     "conversion",
     [
         pytest.param({"budget": 0.25, "menu": LOW_RANK, "mixed": True}, id="low rank, mixed"),
-        pytest.param({"block_size": (4, 64), "rank": 4, "target_sparsity": 0.5}, id="pruned"),
         pytest.param(
             {"method": "random", "block_size": (4, 64), "rank": 2, "healed": "norms", "steps": 2, "learning_rate": 0.1},
             id="norms",
@@ -91,7 +90,7 @@ def test_only_norms_are_healed(files, encoder, small, monkeypatch):
     judge = text._judge(encoder, verses(files / "verses.txt"), quips(files / "fortunes", 10))
     conversion = TextConversion(method="random", block_size=(4, 64), rank=2, healed="norms", steps=1)
     text.measure(encoder, conversion, judge, [])
-    assert len(trained) == 2 + 4 * 4
+    assert len(trained) == 2 + 4
     assert all("LayerNorm" in name for name in trained)
 
 

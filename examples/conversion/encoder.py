@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.processors import BertProcessing
 from torch import Tensor, nn
 from tqdm.auto import trange
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -25,11 +26,11 @@ def load_encoder(folder: Path) -> tuple[BertForSequenceClassification, Tokenizer
     return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def train_encoder(folder: Path, texts: Texts, *, masked_steps: int = 1200, steps: int = 800) -> None:
+def train_encoder(folder: Path, texts: Texts, *, masked_steps: int = 1200, steps: int = 800, layers: int = 4) -> None:
     """Trains tokenizer, encoder and classifier from nothing, and saves them in the folder."""
     torch.manual_seed(0)
     tokenizer = _train_tokenizer(texts.lines)
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
+    sizes = {"hidden_size": 192, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 768}
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=64, num_labels=len(KINDS), **sizes
     )
@@ -45,6 +46,8 @@ def train_encoder(folder: Path, texts: Texts, *, masked_steps: int = 1200, steps
 def _train_tokenizer(lines: list[str]) -> Tokenizer:
     tokenizer = BertWordPieceTokenizer()
     tokenizer.train_from_iterator(lines, vocab_size=VOCABULARY, show_progress=False)
+    cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
+    tokenizer.post_processor = BertProcessing(sep, cls)
     return Tokenizer.from_str(tokenizer.to_str())
 
 
