@@ -40,13 +40,14 @@ class Conversion:
 
 def _plan() -> list[Conversion]:
     plan = [Conversion(budget=budget, seed=seed) for budget in BUDGETS for seed in SEEDS]
-    plan += [Conversion(budget=budget, menu=LOW_RANK, seed=seed) for budget in BUDGETS for seed in SEEDS]
     for method in ("nearest", "random"):
         plan += [Conversion(method=method, block_size=(16, 16), rank=rank) for rank in SIXTEENTHS.values()]
     plan += [Conversion(block_size=(4, 64), rank=RECTANGLES[0.04], seed=seed) for seed in SEEDS]
     plan += [Conversion(block_size=(16, 16), rank=SIXTEENTHS[0.04], seed=seed) for seed in SEEDS]
-    plan += [Conversion(budget=budget, mixed=True, seed=seed) for budget in BUDGETS for seed in SEEDS]
     plan += [Conversion(budget=0.04, distill_steps=300, seed=seed) for seed in SEEDS]
+    plan += [Conversion(budget=0.04, mixed=True, seed=seed) for seed in SEEDS]
+    plan += [Conversion(budget=budget, menu=LOW_RANK, seed=seed) for budget in BUDGETS for seed in SEEDS]
+    plan += [Conversion(budget=budget, mixed=True, seed=seed) for budget in BUDGETS[1:] for seed in SEEDS]
     plan += [Conversion(budget=0.5)]
     return plan
 

@@ -30,7 +30,7 @@ from kron_hf import CalibrationConfig, KronConfig, KronLinear, get_kron_model
 from kron_hf.factors import kron_flops
 from kron_hf.targets import find_targets
 
-__all__ = ["RESULTS", "convert", "main"]
+__all__ = ["RESULTS", "convert", "main", "projections", "shares"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "conversion.jsonl"
 POOL = 20_000  # training images to calibrate on; the probes have others
@@ -52,11 +52,11 @@ def convert(model: nn.Module, conversion: Conversion) -> dict[str, Any]:
         **sizes,
     )
     data = {"calibration_data": _calibration_images(conversion)} if calibrated else {}
-    dense = {name: linear.weight.shape for name, linear in _projections(model).items()}
+    dense = {name: linear.weight.shape for name, linear in projections(model).items()}
     began = time.perf_counter()
     get_kron_model(model, config, **data)
     seconds = time.perf_counter() - began
-    return {"seconds": round(seconds, 1), **_shares(model, dense)}
+    return {"seconds": round(seconds, 1), **shares(model, dense)}
 
 
 def _calibration_images(conversion: Conversion) -> list[dict[str, Tensor]]:
@@ -106,7 +106,14 @@ def _measured(name: str, conversion: Conversion, probes: dict[str, Probe]) -> di
     if conversion.distill_steps:
         images, _ = fashion("train", 0, POOL)
         teacher = AutoModel.from_pretrained(name)
-        row["distill_seconds"] = distill(model, teacher, images, conversion.distill_steps, seed=conversion.seed)
+        row["distill_seconds"] = distill(
+            model,
+            teacher,
+            len(images),
+            lambda chosen: {"pixel_values": images[chosen]},
+            conversion.distill_steps,
+            seed=conversion.seed,
+        )
     for prefix, probe in probes.items():
         row[f"{prefix}dense"] = probe.score
         row |= {f"{prefix}{key}": value for key, value in asdict(probe.measure(model)).items()}
@@ -114,19 +121,19 @@ def _measured(name: str, conversion: Conversion, probes: dict[str, Probe]) -> di
     return row | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _projections(model: nn.Module) -> dict[str, nn.Linear]:
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """What the default config converts."""
     targets = find_targets(model, KronConfig(block_size=(1, -1), rank=1), compare_cost=False)
     return {target.name: target.linear for target in targets}
 
 
-def _shares(model: nn.Module, dense: dict[str, torch.Size]) -> dict[str, float]:
-    """Deployed parameters, biases included, and FLOPs of all projections over those of the dense ones."""
+def shares(model: nn.Module, dense: dict[str, torch.Size]) -> dict[str, float]:
+    """Deployed parameters (biases included, zero blocks not) and FLOPs of all projections over those of dense ones."""
     params = flops = 0
     for name, (out_features, in_features) in dense.items():
         module = model.get_submodule(name)
         if isinstance(module, KronLinear):
-            params += module.a.numel() + module.b.numel() + out_features
+            params += int(module.block_mask.sum()) * module.rank + module.b.numel() + out_features
             flops += kron_flops(out_features, in_features, module.block_size, module.rank)
         else:
             params += out_features * in_features + out_features
