@@ -143,7 +143,7 @@ def _mlp() -> Experiment:
 
 def _vit() -> Experiment:
     """4 layers of width 128, every attention and MLP projection compared."""
-    krons = [_kron((4, 8), 4, sparsity) for sparsity in (0.5, 0.8, 0.9, 0.0)]
+    krons = [_kron((4, 8), 4, sparsity) for sparsity in SPARSITIES]
     shapes: list[tuple[Block, int]] = [((4, 8), 4), ((8, 8), 4), ((4, 16), 8)]
     return Experiment(
         recipe=Recipe(experiment="vit_fashion_mnist", data="fashion_mnist", model="vit", train_images=20_000),
