@@ -195,7 +195,7 @@ def test_vit_resume_is_bit_equal(tmp_path, at):
     assert_same_weights(resumed.model, whole.model)
 
 
-@pytest.mark.parametrize("way", ["compiled-model", "training-argument"])
+@pytest.mark.parametrize("way", [pytest.param("compiled-model", marks=pytest.mark.slow), "training-argument"])
 def test_works_with_torch_compile(tmp_path, way):
     model = vit()
     callback = SparsityCallback(target_sparsity=0.6)

@@ -79,6 +79,7 @@ def test_demo_replaces_an_earlier_demo_only(demo, tmp_path):
         check_output_dir(tmp_path / "metrics.json")
 
 
+@pytest.mark.slow
 def test_failure_of_the_fresh_process_is_shown(tmp_path):
     with pytest.raises(RuntimeError, match="fresh process failed"):
         evaluate_in_fresh_process([tmp_path])

@@ -34,9 +34,9 @@ WRITER = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected po
 @pytest.mark.parametrize(
     ("calls", "error"),
     [
-        pytest.param(5, NO_SPACE, id="training_args"),
+        pytest.param(5, NO_SPACE, id="training_args", marks=pytest.mark.slow),
         pytest.param(6, WRITER, id="optimizer"),
-        pytest.param(7, NO_SPACE, id="scheduler"),
+        pytest.param(7, NO_SPACE, id="scheduler", marks=pytest.mark.slow),
         pytest.param(8, WRITER, id="rng"),
     ],
 )

@@ -79,7 +79,7 @@ def check_adapters(first: int, count: int, figures: Callable[[str], None]) -> No
 
 
 def test_damaged_checkpoints(figures):
-    check_checkpoints(0, 120, figures)
+    check_checkpoints(0, 80, figures)
 
 
 @pytest.mark.slow
@@ -87,6 +87,7 @@ def test_damaged_checkpoints_in_selection(figures):
     check_checkpoints(0, 76, figures, "selection")
 
 
+@pytest.mark.slow
 def test_damaged_adapters(figures):
     check_adapters(0, 40, figures)
 

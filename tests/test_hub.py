@@ -307,7 +307,13 @@ def test_command_trains_a_model_of_the_hub_and_pushes_it(hub, client, tmp_path):
     assert client.value("pull", repo="alice/trained", cache="trained") == trained
 
 
-@pytest.mark.parametrize("sharded", [(False, True), (False, False)], ids=["shards-and-whole", "whole-and-whole"])
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        pytest.param((False, True), id="shards-and-whole"),
+        pytest.param((False, False), id="whole-and-whole", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_push_to_one_repository(hub, client, digests, sharded):
     """Whoever commits last is overtaken at first, for the other's commit is held up on the way; both arrive whole."""
     repo = f"alice/shared-{sharded[0]}-{sharded[1]}"

@@ -108,6 +108,7 @@ def test_trainer_on_a_compiled_model(tmp_path):
     torch.testing.assert_close(loaded.state_dict(), plain.state_dict())
 
 
+@pytest.mark.slow
 def test_training_a_compiled_model_object(tmp_path):
     plain, model = build(), build()
     options = {"max_steps": 2, "save_strategy": "no", "remove_unused_columns": False}
