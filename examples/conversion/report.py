@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.conversion.run import RESULTS
 
-__all__ = ["differences", "main", "table"]
+__all__ = ["differences", "main", "spread", "table"]
 
 Row = dict[str, Any]
 HEADER = (
@@ -75,13 +75,14 @@ def _line(name: str, rows: list[Row]) -> list[str]:
         name,
         f"{mean(row['params_of_dense'] for row in rows):.3f}",
         f"{mean(row['flops_of_dense'] for row in rows):.2f}",
-        *(_spread([row[key] for row in rows]) for key in keys),
+        *(spread([row[key] for row in rows]) for key in keys),
         f"{mean(row['seconds'] for row in rows):.0f}",
         str(len(rows)),
     ]
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """`0.715 ± 0.004`: mean and standard deviation, of several seeds."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 

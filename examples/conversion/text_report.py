@@ -7,9 +7,10 @@ import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from examples.conversion.report import spread
 from examples.conversion.text import RESULTS, TextConversion
 
 __all__ = ["main", "table"]
@@ -27,7 +28,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [HEADER, ["---"] * len(HEADER), ["dense", "1", "1", *dense, "", ""]]
     for name, group in groups.items():
         sizes = [f"{mean(row[key] for row in group):.3f}" for key in ("params_of_dense", "flops_of_dense")]
-        measures = [_spread([row[key] for row in group]) for key in MEASURES]
+        measures = [spread([row[key] for row in group]) for key in MEASURES]
         lines.append([name, *sizes, *measures, f"{mean(row['seconds'] for row in group):.0f}", str(len(group))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -36,10 +37,6 @@ def _conversion(row: dict[str, Any]) -> TextConversion:
     values = {field.name: row[field.name] for field in fields(TextConversion)}
     values["menu"] = values["menu"] and tuple(tuple(shape) for shape in values["menu"])
     return TextConversion(**values)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:
