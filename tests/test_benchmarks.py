@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from examples.benchmarks import calibrate, report, run
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
-from examples.benchmarks.methods import METHODS, PATHS
+from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
 from examples.benchmarks.plots import draw_over_sizes, draw_roofline
 from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES, limit
 from examples.benchmarks.subjects import MODELS, Subject, build_subject
@@ -30,6 +30,10 @@ FACTORS = 16 * 8 * 3 + 2 * 16  # S, A and B of 32 -> 64 in blocks of 4 at rank 2
 def layer(method, **changes):
     sizes = {} if method == "dense" else {"block_size": (4, 4), "rank": 2}
     return Case(**{"subject": "layer", "features": (32, 64), "method": method, **sizes} | changes)
+
+
+def conv(method):
+    return replace(layer(method), subject="conv", features=(8, 16), kernel=3, stride=2, image=6)
 
 
 def tiny_vit(method):
@@ -95,13 +99,19 @@ def test_where_limits_hold():
 # What methods compute
 
 
-@pytest.mark.parametrize("method", ["vec-parallel", *(f"kron-{path}" for path in PATHS if path != "fused")])
-def test_the_same_layer_whatever_the_way(method):
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        *((layer, name) for name in ("vec-parallel", *(f"kron-{path}" for path in PATHS if path != "fused"))),
+        *((conv, f"conv-{way}".replace("_", "-")) for way in CONVOLUTION_WAYS),
+    ],
+)
+def test_the_same_layer_whatever_the_way(place, method):
     out = {}
     for name in ("kron", method):
-        subject = build_subject(layer(name), WIDE)
+        subject = build_subject(place(name), WIDE)
         torch.manual_seed(1)
-        model = METHODS[name].build(subject.model, layer(name), subject.modules)
+        model = METHODS[name].build(subject.model, place(name), subject.modules)
         with METHODS[name].forcing():
             y = subject.run(model)
             subject.backward(y)
@@ -146,8 +156,8 @@ def test_every_method_is_measured(rows):
 
 
 def test_kronecker_layers_save_what_dense_ones_save(rows):
-    for (_, method), row in rows.items():
-        if row["saved_bytes"] is not None:
+    for (subject, method), row in rows.items():
+        if row["saved_bytes"] is not None and subject != "conv":
             assert row["saved_bytes"] == row["dense_saved_bytes"] or method in ("vec-parallel", "lora", "lokr")
             assert row["saved_bytes"] > row["dense_saved_bytes"] or method != "vec-parallel"
     assert rows["layer", "dense"]["saved_bytes"] == 16 * 32 * 4
@@ -212,6 +222,10 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch):
     assert measured[3:] == cases[2:]
     run.complete(cases, replace(CONDITIONS, threads=2), 1, path)
     assert measured[4:] == cases
+    run.complete([conv("kron")], CONDITIONS, 1, path)
+    run.complete([conv("kron")], replace(CONDITIONS, tokens=1), 1, path)
+    run.complete([conv("kron")], replace(CONDITIONS, batch=4), 1, path)  # images are a convolution's input
+    assert measured[7:] == [conv("kron")] * 2
 
 
 def test_a_case_that_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -260,6 +274,8 @@ def test_tables(rows):
     (line,) = list(report.table([made_up(case, 0.5) | {"tokens": 4096, "batch": 8}]))[2:]
     assert line.startswith("| 768 -> 768 | kron | 16 x 16, 1 | 0.50 | 0.50 | 0.50 |")
     assert f"limit {LIMITS[case]}: missed" in line
+    (line,) = list(report.table([made_up(conv("kron"), 0.5)]))[2:]
+    assert line.startswith("| 8 -> 16, 3 x 3 / 2 of 6 x 6 | kron | 4 x 4, 2 | 0.50 | 0.50 | 0.50 |")
 
 
 def test_the_whole_grid_in_a_line():
@@ -276,7 +292,7 @@ def test_choices_against_the_best_way():
     second = [replace(case, rank=2) for case in first]
     rows = [made_up(case, 1.0 if case.method == "kron" else 1.1) for case in first]
     rows += [made_up(case, 0.5 if case.method == "kron-build-w" else 1.0) for case in second]
-    summary, *far = report.choice_lines(rows)
+    summary, *far = report.choice_lines(rows, CHOICES)
     assert "2 shapes" in summary
     assert "1.414 (geometric mean)" in summary
     assert far == ["  192 -> 192, blocks (4, 4), rank 2: 2.00 of kron, build-w"]
@@ -291,8 +307,8 @@ def test_the_report_of_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", "--input", str(path)])
     report.main()
     out = capsys.readouterr().out
-    assert "here, cpu, float32, threads: 1, tokens of a layer: 16, torch 2\n" in out
-    assert "tokens of a layer: 1, torch 2\n" in out
+    assert "here, cpu, float32, threads: 1, tokens of a layer: 16, images of others: 2, torch 2\n" in out
+    assert "tokens of a layer: 1, images of others: 2, torch 2\n" in out
     assert out.count("| 32 -> 64 | kron |") == 2
     assert f"grid, 3 of {len(GRID)} cases" in out
     assert "grid: nothing measured" in out

@@ -1,4 +1,4 @@
-"""What is measured: one method on one layer or model, against dense, under given conditions."""
+"""What is measured: one method on one linear, convolution or model, against dense, under given conditions."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,8 +12,11 @@ class Case:
     """One method in one place.
 
     Attributes:
-        subject: `"layer"` or a name in `subjects.MODELS`.
-        features: `(in, out)` of a layer; None for models.
+        subject: `"layer"`, `"conv"` or a name in `subjects.MODELS`.
+        features: `(in, out)` of a layer, or channels; None for models.
+        kernel: Size of a convolution's; None for others.
+        stride: Of a convolution.
+        image: Height and width of a convolution's images; None for others.
         method: A name in `methods.METHODS`.
         block_size: `(bo, bi)`; None for dense.
         rank: Of Kronecker layers; None for dense.
@@ -22,6 +25,9 @@ class Case:
 
     subject: str
     features: tuple[int, int] | None = None
+    kernel: int | None = None
+    stride: int = 1
+    image: int | None = None
     method: str
     block_size: tuple[int, int] | None = None
     rank: int | None = None
@@ -30,7 +36,13 @@ class Case:
     @property
     def place(self) -> str:
         """The layer or model, for people."""
-        return self.subject if self.features is None else f"{self.features[0]} -> {self.features[1]}"
+        if self.features is None:
+            return self.subject
+        place = f"{self.features[0]} -> {self.features[1]}"
+        if self.kernel is not None:
+            place += f", {self.kernel} x {self.kernel}{f' / {self.stride}' if self.stride > 1 else ''}"
+            place += f" of {self.image} x {self.image}"
+        return place
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -48,7 +60,7 @@ class Conditions:
         device: `"cpu"` or `"cuda"`.
         dtype: Name of the dtype of weights and inputs.
         tokens: Rows that a layer gets.
-        batch: Images that a model gets.
+        batch: Images that a convolution or a model gets.
         threads: Of the CPU.
         machine: The processor, or the accelerator.
     """
@@ -68,7 +80,7 @@ class Conditions:
 
 def key_of(case: Case, conditions: Conditions) -> tuple[Any, ...]:
     """What makes a measurement another one; batch or tokens count where they matter alone."""
-    size = conditions.tokens if case.features else conditions.batch
+    size = conditions.tokens if case.subject == "layer" else conditions.batch
     return case, conditions.device, conditions.dtype, size, conditions.threads, conditions.machine
 
 

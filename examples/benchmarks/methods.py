@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from examples.benchmarks.cases import Case
 from examples.benchmarks.vec_parallel import replace_layers
-from kron_hf import KronConfig, KronLinear, fold_for_inference, get_kron_model
+from kron_hf import KronConfig, KronConv2d, KronLinear, fold_for_inference, get_kron_model
 from kron_hf.ops.backend import BACKENDS, forced
+from kron_hf.ops.convolution import Convolution, Way, kron_conv2d
 from kron_hf.targets import find_targets
 
-__all__ = ["METHODS", "PATHS", "Method"]
+__all__ = ["CONVOLUTION_WAYS", "METHODS", "PATHS", "Method"]
 
 Build = Callable[[nn.Module, Case, list[str] | None], nn.Module]
 
@@ -28,7 +29,7 @@ class Method:
         build: Makes it of the dense model, in place or not, for a case and the names of the modules (see `Subject`).
         label: For people.
         forward_only: Whether it cannot be trained.
-        layers_only: Whether it is measured on single layers alone.
+        subjects: What it serves: `"layer"`, `"conv"` and `"model"`.
         backend: The way of computing that Kronecker layers are forced to take; None is the cost model's choice.
         device: The only device that it runs on; None is any.
         compiled: Whether it runs under `torch.compile`.
@@ -37,7 +38,7 @@ class Method:
     build: Build
     label: str
     forward_only: bool = False
-    layers_only: bool = False
+    subjects: tuple[str, ...] = ("layer", "model")
     backend: str | None = None
     device: Literal["cpu", "cuda"] | None = None
     compiled: bool = False
@@ -105,6 +106,29 @@ def _bsr(model: nn.Module, case: Case, modules: list[str] | None) -> nn.Module:
     return nn.Sequential(_BlockSparse(layer))
 
 
+class _OneWay(nn.Module):
+    """A Kronecker convolution that is computed in one way."""
+
+    def __init__(self, layer: KronConv2d, way: Way) -> None:
+        super().__init__()
+        self.layer = layer
+        self.way: Way = way
+        self.geometry = Convolution(layer.kernel_size, layer.stride, layer.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        return kron_conv2d(x, layer.masked_s() * layer.a, layer.b, layer.bias, self.geometry, self.way)
+
+
+def _one_way(way: Way) -> Build:
+    def build(model: nn.Module, case: Case, modules: list[str] | None) -> nn.Module:
+        layer = _kron(model, case, modules).get_submodule("conv")
+        assert isinstance(layer, KronConv2d)
+        return nn.Sequential(_OneWay(layer, way))
+
+    return build
+
+
 def _linears(model: nn.Module, case: Case, modules: list[str] | None) -> tuple[dict[str, nn.Linear], int]:
     """What Kronecker layers would replace, and how many parameters S, A and B of those would have."""
     config = _kron_config(case, modules)
@@ -160,15 +184,22 @@ def _path(name: str) -> Method:
     return Method(_kron, f"kron, {name}", backend=name, device=device)
 
 
+EVERYTHING = ("layer", "conv", "model")
+CONVOLUTION_WAYS: tuple[Way, ...] = ("b_first", "m_first", "build_w")
+
 METHODS: dict[str, Method] = {
-    "dense": Method(_dense, "dense"),
-    "dense-compiled": Method(_compiled(_dense), "dense, torch.compile", compiled=True),
-    "kron": Method(_kron, "kron"),
-    "kron-compiled": Method(_compiled(_kron), "kron, torch.compile", compiled=True),
-    "kron-folded": Method(_folded, "kron, folded", forward_only=True),
+    "dense": Method(_dense, "dense", subjects=EVERYTHING),
+    "dense-compiled": Method(_compiled(_dense), "dense, torch.compile", compiled=True, subjects=EVERYTHING),
+    "kron": Method(_kron, "kron", subjects=EVERYTHING),
+    "kron-compiled": Method(_compiled(_kron), "kron, torch.compile", compiled=True, subjects=EVERYTHING),
+    "kron-folded": Method(_folded, "kron, folded", forward_only=True, subjects=EVERYTHING),
     **{f"kron-{name}": _path(name) for name in PATHS},
+    **{
+        f"conv-{way.replace('_', '-')}": Method(_one_way(way), f"kron, {way.replace('_', '-')}", subjects=("conv",))
+        for way in CONVOLUTION_WAYS
+    },
     "vec-parallel": Method(_vec_parallel, "vec-parallel"),
     "lora": Method(_lora, "LoRA"),
     "lokr": Method(_lokr, "LoKr"),
-    "bsr": Method(_bsr, "torch BSR", forward_only=True, layers_only=True),
+    "bsr": Method(_bsr, "torch BSR", forward_only=True, subjects=("layer",)),
 }

@@ -32,7 +32,8 @@ def draw_over_sizes(rows: Rows, path: Path, features: tuple[int, int] = SHOWN) -
     points: dict[tuple[int, int], Mapping[str, Any]] = {}
     for row in rows:
         case = Case.from_row(row)
-        if case.method == "kron" and case.features == features and not case.sparsity and "both_ms" in row:
+        plain = case.method == "kron" and case.subject == "layer" and not case.sparsity
+        if plain and case.features == features and "both_ms" in row:
             assert case.block_size is not None
             assert case.rank is not None
             if case.block_size[0] == case.block_size[1]:
@@ -71,14 +72,14 @@ def _draw_lines(axes: Any, points: Mapping[tuple[int, int], Mapping[str, Any]], 
 
 
 def draw_roofline(rows: Rows, roof: Mapping[str, float], path: Path) -> None:
-    """FLOP/s of the forward of single layers over FLOPs a byte, below what the machine can do at most.
+    """FLOP/s of the forward of single linears over FLOPs a byte, below what the machine can do at most.
 
     Bytes are those that no way can avoid: input, output and parameters once. Nothing is drawn without layers.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     for row in rows:
         case = Case.from_row(row)
-        if case.features and "forward_flops" in row:
+        if case.features and case.subject == "layer" and "forward_flops" in row:
             if case.method in found:
                 found[case.method].append(_point(row, case.features, ""))
             found["dense"].append(_point(row, case.features, "dense_"))

@@ -3,9 +3,9 @@
 from itertools import product
 
 from examples.benchmarks.cases import Case, Conditions
-from examples.benchmarks.methods import METHODS, PATHS
+from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
 
-__all__ = ["CHOICES", "GRID", "LIMITS", "SUITES", "WORST", "limit"]
+__all__ = ["CHOICES", "CONVOLUTIONS", "GRID", "LIMITS", "SUITES", "WORST", "limit"]
 
 WORST = 1.10  # of dense's time, at the 95th percentile of the grid
 
@@ -16,6 +16,15 @@ def _layer(
     pair = block if isinstance(block, tuple) else (block, block)
     own = {} if method.startswith("dense") else {"block_size": pair, "rank": rank}
     return Case(subject="layer", features=features, method=method, sparsity=sparsity, **own)
+
+
+def _conv(
+    channels: int, kernel: int, image: int, block: tuple[int, int], rank: int, method: str, stride: int = 1
+) -> Case:
+    own = {} if method.startswith("dense") else {"block_size": block, "rank": rank}
+    return Case(
+        subject="conv", features=(channels, channels), kernel=kernel, stride=stride, image=image, method=method, **own
+    )
 
 
 def _model(name: str, method: str, block: int = 16, rank: int = 2) -> Case:
@@ -78,8 +87,22 @@ FEW = [
 ]
 # The setting in which the authors of the method measured: --tokens 20000.
 AUTHORS = [_layer((1024, 1024), method, 8, rank) for rank in (1, 2, 4) for method in ("kron", "vec-parallel")]
-TINY = [_layer((32, 64), method, 4) for method in METHODS if "compiled" not in method]
-TINY += [_model("tiny-vit", method, 4) for method in METHODS if "compiled" not in method]
+# Square convolutions, and the three ways of computing them.
+CONVOLUTIONS = [
+    _conv(channels, kernel, image, block, rank, method, stride)
+    for channels, kernel, image, block, rank, stride in (
+        *((64, 3, 32, block, 1, 1) for block in ((4, 4), (8, 8), (16, 16), (16, 4), (4, 16))),
+        *((64, 3, 32, (8, 8), rank, 1) for rank in (2, 3, 4)),
+        *((256, 3, 14, (16, 16), rank, 1) for rank in (1, 2, 4)),
+        *((256, 1, 14, (16, 16), rank, 1) for rank in (1, 2, 4)),
+        (128, 3, 28, (8, 8), 1, 2),
+    )
+    for method in ("kron", *(f"conv-{way}".replace("_", "-") for way in CONVOLUTION_WAYS))
+]
+SMALL = [name for name in METHODS if "compiled" not in name]
+TINY = [_layer((32, 64), method, 4) for method in SMALL if "layer" in METHODS[method].subjects]
+TINY += [_conv(8, 3, 6, (4, 2), 2, method) for method in SMALL if "conv" in METHODS[method].subjects]
+TINY += [_model("tiny-vit", method, 4) for method in SMALL if "model" in METHODS[method].subjects]
 
 SUITES: dict[str, list[Case]] = {
     "bars": list(LIMITS),
@@ -89,7 +112,8 @@ SUITES: dict[str, list[Case]] = {
     "few": FEW,
     "authors": AUTHORS,
     "models": list(dict.fromkeys(MODELS)),
-    "tiny": [case for case in TINY if not (METHODS[case.method].layers_only and case.features is None)],
+    "convolutions": CONVOLUTIONS,
+    "tiny": TINY,
 }
 
 

@@ -14,14 +14,14 @@ from typing import Any
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.methods import METHODS
 from examples.benchmarks.plots import draw_over_sizes, draw_roofline
-from examples.benchmarks.registry import CHOICES, GRID, LIMITS, WORST, limit
+from examples.benchmarks.registry import CHOICES, CONVOLUTIONS, GRID, LIMITS, WORST, limit
 from examples.benchmarks.run import RESULTS, read_rows
 
 __all__ = ["choice_lines", "grid_line", "main", "table"]
 
 MEAN = 0.95  # of the grid
 NEAR = 1.15  # of the best way
-SHARED = ("machine", "device", "dtype", "threads", "tokens")
+SHARED = ("machine", "device", "dtype", "threads", "tokens", "batch")
 
 Rows = list[dict[str, Any]]
 
@@ -63,9 +63,9 @@ def grid_line(rows: Rows) -> str | None:
     )
 
 
-def choice_lines(rows: Rows) -> Iterator[str]:
+def choice_lines(rows: Rows, declared: Iterable[Case]) -> Iterator[str]:
     """How far the chosen way is from the best of all, and where it is further than it may be."""
-    cases, found = set(CHOICES), defaultdict(dict)
+    cases, found = set(declared), defaultdict(dict)
     for row in rows:
         case = Case.from_row(row)
         ratio = over_dense(row, "both_ms")
@@ -95,12 +95,14 @@ def main() -> None:
     rows = read_rows(options.input)
     for shared, own in _grouped(row for row in rows if "roof" not in row):
         roofs = [row["roof"] for row in rows if "roof" in row and _shared(row)[:4] == shared[:4]]
-        machine, device, dtype, threads, tokens = shared
-        print(f"\n{machine}, {device}, {dtype}, threads: {threads}, tokens of a layer: {tokens}, torch {_torch(own)}\n")
+        machine, device, dtype, threads, tokens, batch = shared
+        sizes = f"tokens of a layer: {tokens}, images of others: {batch}"
+        print(f"\n{machine}, {device}, {dtype}, threads: {threads}, {sizes}, torch {_torch(own)}\n")
         summed_up = set(CHOICES + GRID) - set(LIMITS)
         lines = table([row for row in own if Case.from_row(row) not in summed_up])
         sys.stdout.writelines(f"{line}\n" for line in lines)
-        sys.stdout.writelines(f"{line}\n" for line in (grid_line(own) or "grid: nothing measured", *choice_lines(own)))
+        choices = [line for declared in (CHOICES, CONVOLUTIONS) for line in choice_lines(own, declared)]
+        sys.stdout.writelines(f"{line}\n" for line in (grid_line(own) or "grid: nothing measured", *choices))
         if options.plots:
             name = f"{device}_{dtype}_{threads}_{tokens}"
             draw_over_sizes(own, options.plots / f"speed_{name}.png")

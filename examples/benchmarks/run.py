@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--tokens", type=int, default=4096, help="of a layer's input (default 4096)")
-    parser.add_argument("--batch", type=int, default=8, help="images of a model's input (default 8)")
+    parser.add_argument("--batch", type=int, default=8, help="images of a model's or convolution's input (default 8)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each method, alternating (default 9)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of results, a JSON object a line")

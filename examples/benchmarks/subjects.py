@@ -37,20 +37,27 @@ def build_subject(case: Case, conditions: Conditions) -> Subject:
     """The dense layer or model of a case, and its input."""
     torch.manual_seed(0)
     where: dict[str, Any] = {"device": conditions.device, "dtype": getattr(torch, conditions.dtype)}
-    return _layer(case.features, conditions.tokens, where) if case.features else _model(case, conditions.batch, where)
+    if case.features is None:
+        return _model(case, conditions.batch, where)
+    if case.kernel is None:
+        return _layer("fc", nn.Linear(*case.features, **where), (conditions.tokens, case.features[0]), where)
+    conv = nn.Conv2d(*case.features, case.kernel, case.stride, case.kernel // 2, **where)
+    return _layer("conv", conv, (conditions.batch, case.features[0], case.image, case.image), where)
 
 
-def _layer(features: tuple[int, int], tokens: int, where: dict[str, Any]) -> Subject:
+def _layer(name: str, layer: nn.Module, size: tuple[int | None, ...], where: dict[str, Any]) -> Subject:
     """With the gradient of the input, which all layers but the first need."""
-    model = nn.Sequential(OrderedDict(fc=nn.Linear(*features, **where)))
-    x = torch.randn(tokens, features[0], **where).requires_grad_()
-    gradient = torch.randn(tokens, features[1], **where)
+    model = nn.Sequential(OrderedDict([(name, layer)]))
+    x = torch.randn(size, **where)  # type: ignore[arg-type]
+    with torch.no_grad():
+        gradient = torch.randn_like(model(x))
+    x.requires_grad_()
 
     def run(model: nn.Module) -> Tensor:
         x.grad = None
         return model(x)
 
-    return Subject(model, ["fc"], run, lambda out: out.backward(gradient), x)
+    return Subject(model, [name], run, lambda out: out.backward(gradient), x)
 
 
 def _model(case: Case, batch: int, where: dict[str, Any]) -> Subject:

@@ -4,7 +4,8 @@ apt-get install bible-kjv fortunes
 bible -f Gen1:1-Rev22:21 > verses.txt
 python -m examples.conversion.text --verses verses.txt
 
-The encoder is trained first, once, on 25,000 verses (minutes); all else is measured on 3,000 others.
+The encoder is trained first, once, on 25,000 verses (minutes; start further parts after it); all else is measured on
+3,000 others.
 """
 
 import argparse
@@ -210,10 +211,12 @@ def main() -> None:
     parser.add_argument("--quips", type=Path, default=Path("/usr/share/games/fortunes"), help="folder of fortunes")
     parser.add_argument("--encoder", type=Path, default=Path("runs/verses-encoder"), help="kept here once trained")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of results, a JSON object a line")
+    parser.add_argument("--part", default="1/1", help="as 2/3: the second third alone, beside other processes")
     parser.add_argument("--list", action="store_true", help="show what is missing")
     options = parser.parse_args()
     done = {_key(json.loads(line)) for line in options.output.open()} if options.output.exists() else set()
-    missing = [each for each in PLAN if _key(asdict(each)) not in done]
+    part, parts = map(int, options.part.split("/"))
+    missing = [each for each in PLAN[part - 1 :: parts] if _key(asdict(each)) not in done]
     if options.list:
         sys.stdout.writelines(f"{conversion.name}, seed {conversion.seed}\n" for conversion in missing)
         return

@@ -24,7 +24,7 @@ __all__ = ["Convolution", "Way", "cheapest_way", "kron_conv2d", "multiply_adds"]
 Way = Literal["b_first", "m_first", "build_w"]
 # What the factors must promise, in multiply-adds, before W is not built: convolutions with few channels run at a lower
 # rate, and what lies between the two steps is written and read once more. On CPUs about 0.4 is even for 3 x 3 kernels,
-# less for 1 x 1 (`examples/benchmarks/kron_conv2d_cpu.py`).
+# less for 1 x 1 (`python -m examples.benchmarks.run convolutions`).
 _MARGIN = 1 / 3
 
 
