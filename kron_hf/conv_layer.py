@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kron_hf.kron_layer import KronLayer
-from kron_hf.ops.convolution import Convolution, kron_conv2d
+from kron_hf.ops.convolution import kron_conv2d
 from kron_hf.ops.folded_convolution import FoldedConvolution, fold_convolution
+from kron_hf.ops.geometry import Convolution
 
 __all__ = ["KronConv2d", "refuse_groups"]
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 from kron_hf import KronConv2d, kron_summary, model_flops
-from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d
+from kron_hf.ops.convolution import cheapest_way, kron_conv2d
+from kron_hf.ops.geometry import Convolution
 from kron_hf.sparsity.pruning import block_entries
 
 # (in, out, kernel_size, block_size, rank) and the geometry
@@ -82,6 +83,41 @@ def test_output_and_gradients_are_those_of_the_formula_on_every_way(shape, bias)
     for y in (layer(x), *outputs):
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(torch.autograd.grad(y, inputs, cotangent), grads)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_any_layout_and_those_alone_that_are_asked_for(way, layout):
+    layer = layer_of("3x3", dtype=torch.float64)
+    x = torch.randn(2, 12, 6, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    expected = dense_output(layer, "3x3", x)
+    cotangent = torch.randn_like(expected).to(memory_format=layout)
+    inputs = [x, layer.s, layer.a, layer.b]
+    grads = torch.autograd.grad(expected, inputs, cotangent)
+    y = kron_conv2d(x, layer.s * layer.a, layer.b, layer.bias, Convolution((3, 3), padding=(1, 1)), way)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, cotangent, retain_graph=True), grads)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs[:1], cotangent, retain_graph=True), grads[:1])
+    torch.testing.assert_close(torch.autograd.grad(y, inputs[2:], cotangent), grads[2:])
+    y = kron_conv2d(x.detach(), layer.s * layer.a, layer.b, layer.bias, Convolution((3, 3), padding=(1, 1)), way)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs[1:], cotangent), grads[1:])
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("way", WAYS)
+def test_saved_for_backward_is_the_input_and_what_factors_take(way, padding_mode):
+    layer, saved = KronConv2d(16, 16, 3, 4, 3, padding=1, padding_mode=padding_mode), {}
+    x = torch.randn(4, 16, 9, 9, requires_grad=True)
+    geometry = Convolution((3, 3), padding=(1, 1), padding_mode=padding_mode)
+    m = (layer.s * layer.a).detach().requires_grad_()
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kron_conv2d(x, m, layer.b, layer.bias, geometry, way)
+    images = {"zeros": [9], "reflect": [9, 11]}[padding_mode]  # what pads keeps its input, before dense ones as well
+    assert sorted(saved.values()) == sorted([*(4 * 16 * size**2 for size in images), m.numel(), layer.b.numel()])
 
 
 @pytest.mark.parametrize("shape", ["odd", "same", "reflect", "low-rank"])

@@ -13,7 +13,8 @@ from examples.benchmarks.cases import Case
 from examples.benchmarks.vec_parallel import replace_layers
 from kron_hf import KronConfig, KronConv2d, KronLinear, fold_for_inference, get_kron_model
 from kron_hf.ops.backend import BACKENDS, forced
-from kron_hf.ops.convolution import Convolution, Way, kron_conv2d
+from kron_hf.ops.convolution import Way, kron_conv2d
+from kron_hf.ops.geometry import Convolution
 from kron_hf.targets import find_targets
 
 __all__ = ["CONVOLUTION_WAYS", "METHODS", "PATHS", "Method"]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from kron_hf.factors import kron_sum
-from kron_hf.ops.convolution import Convolution, cheapest_way, kron_conv2d, multiply_adds
+from kron_hf.ops.convolution import cheapest_way, kron_conv2d, multiply_adds
 from kron_hf.ops.cost import Dropped
 from kron_hf.ops.cpu_costs import cpu_costs
 from kron_hf.ops.folded import Folded, tracked
+from kron_hf.ops.geometry import Convolution
 
 __all__ = ["FoldedConvolution", "fold_convolution", "worth_dropping"]
 
