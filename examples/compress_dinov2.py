@@ -88,7 +88,7 @@ def main() -> None:
     # Distillation needs no labels. The fitted factors get no rate of their own.
     trainer = KronTrainer(
         model,
-        arguments(options, options.distill_steps, 5e-4),
+        arguments(options, options.distill_steps, 1e-5),
         train_dataset=train,
         teacher=dense,
         distillation={"task": 0},

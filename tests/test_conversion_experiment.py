@@ -43,7 +43,9 @@ def noise(monkeypatch):
     "conversion",
     [
         pytest.param({"budget": 0.5}, id="budget"),
-        pytest.param({"budget": 0.5, "menu": ((1, -1),), "distill_steps": 2}, id="low rank, distilled"),
+        pytest.param(
+            {"budget": 0.5, "menu": ((1, -1),), "distill_steps": 2, "learning_rate": 1e-4}, id="low rank, distilled"
+        ),
         pytest.param({"block_size": (4, 32), "rank": 2, "mixed": True}, id="uniform, mixed"),
         pytest.param({"method": "nearest", "block_size": (4, 32), "rank": 2}, id="nearest"),
     ],

@@ -12,7 +12,6 @@ from kron_hf import DistillationLoss, kron_param_groups
 __all__ = ["distill"]
 
 BATCH = 64
-LEARNING_RATE = 5e-4  # of all parameters: the start is good
 WARM_UP = 0.1  # share of the steps
 
 
@@ -23,7 +22,7 @@ def distill(
     batch: Callable[[Tensor], dict[str, Tensor]],
     steps: int,
     *,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float,
     seed: int = 0,
 ) -> float:
     """Trains what requires gradients, with AdamW, gradients clipped to norm 1, warm-up and a cosine to zero.
@@ -34,7 +33,7 @@ def distill(
         size: Number of examples.
         batch: Gives the model's inputs for some indices of examples.
         steps: Of the optimizer.
-        learning_rate: Its peak.
+        learning_rate: Its peak, of all parameters.
         seed: Of the order of examples.
 
     Returns:

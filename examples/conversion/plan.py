@@ -24,6 +24,7 @@ class Conversion:
         mixed: Whether half of the calibration images are photographs.
         images: Calibration images.
         distill_steps: Steps of distillation afterwards.
+        learning_rate: Of that.
         seed: Chooses the calibration images, and draws random factors.
     """
 
@@ -35,6 +36,7 @@ class Conversion:
     mixed: bool = False
     images: int = 2000
     distill_steps: int = 0
+    learning_rate: float = 0.0
     seed: int = 0
 
 
@@ -44,7 +46,8 @@ def _plan() -> list[Conversion]:
         plan += [Conversion(method=method, block_size=(16, 16), rank=rank) for rank in SIXTEENTHS.values()]
     plan += [Conversion(block_size=(4, 64), rank=RECTANGLES[0.04], seed=seed) for seed in SEEDS]
     plan += [Conversion(block_size=(16, 16), rank=SIXTEENTHS[0.04], seed=seed) for seed in SEEDS]
-    plan += [Conversion(budget=0.04, distill_steps=300, seed=seed) for seed in SEEDS]
+    plan += [Conversion(budget=0.04, distill_steps=300, learning_rate=1e-5, seed=seed) for seed in SEEDS]
+    plan += [Conversion(budget=0.04, distill_steps=300, learning_rate=5e-4, seed=seed) for seed in SEEDS[:2]]
     plan += [Conversion(budget=0.04, mixed=True, seed=seed) for seed in SEEDS]
     plan += [Conversion(budget=budget, menu=LOW_RANK, seed=seed) for budget in BUDGETS for seed in SEEDS]
     plan += [Conversion(budget=budget, mixed=True, seed=seed) for budget in BUDGETS[1:] for seed in SEEDS]

@@ -63,9 +63,9 @@ def _name(row: Row) -> str:
     else:
         menu = "chosen shapes" if row["menu"] is None else "low rank, chosen ranks"
         shape = f"{menu}, {row['budget']:g}"
-    extras = [" mixed images"] * row["mixed"] + [f" {row['distill_steps']} steps of distillation"] * bool(
-        row["distill_steps"]
-    )
+    extras = [" mixed images"] * row["mixed"]
+    if row["distill_steps"]:
+        extras.append(f" {row['distill_steps']} steps of distillation at {row['learning_rate']:g}")
     return ",".join([f"{row['method']}, {shape}", *extras])
 
 

@@ -112,6 +112,7 @@ def _measured(name: str, conversion: Conversion, probes: dict[str, Probe]) -> di
             len(images),
             lambda chosen: {"pixel_values": images[chosen]},
             conversion.distill_steps,
+            learning_rate=conversion.learning_rate,
             seed=conversion.seed,
         )
     for prefix, probe in probes.items():

@@ -96,7 +96,7 @@ class HealingOptions:
     output_dir: str = option("kron-compress", "Where the model and the report go.", metavar="DIR")
     distill_steps: int = option(500, "Steps of distillation from the dense model; 0 is none.", metavar="N")
     finetune_steps: int = option(500, "Steps on the labels after that; 0 is none.", metavar="N")
-    learning_rate: float = option(5e-4, "Of the distillation; 3e-3 destroys a good start.", metavar="F")
+    learning_rate: float = option(1e-5, "Of the distillation; from 3e-5 on it loses what was fitted.", metavar="F")
     finetune_learning_rate: float = option(1e-4, "Of the steps on the labels.", metavar="F")
     finetune_logits: float | None = option(
         None,

@@ -16,10 +16,11 @@ class DistillationConfig:
     A weight of None is 1 where both models give the part, and leaves it out where one does not. A number asks for the
     part: a model that cannot give it is an error. 0 leaves it out.
 
-    AdamW with a learning rate of 3e-4 to 1e-3, gradients clipped to norm 1 (what `TrainingArguments` do), suits a
-    student that was calibrated or converted; 3e-3 destroys a good start. A student with random weights takes the rates
-    of any training from scratch. The teacher's head must be trained where `logits` count: pass `logits=0` with the
-    fresh head of an `AutoModelFor...` on a backbone's checkpoint.
+    AdamW with a learning rate of about 1e-5 and gradients clipped to norm 1 (what `TrainingArguments` do) suits a
+    student that was calibrated, as it suits the fine-tuning of a trained model: from 3e-5 on the first steps lose what
+    was fitted. A student with random or nearest weights takes the rates of any training from scratch. The teacher's
+    head must be trained where `logits` count: pass `logits=0` with the fresh head of an `AutoModelFor...` on a
+    backbone's checkpoint.
 
     Args:
         logits: Weight of T^2 KL(softmax(teacher / T) || softmax(student / T)). Not for regression and several labels
