@@ -97,7 +97,7 @@ def _plan() -> list[TextConversion]:
         plan.append(TextConversion(block_size=(4, 64), rank=8, seed=seed))
         plan.append(TextConversion(block_size=(4, 64), rank=12, target_sparsity=0.5, seed=seed))
         plan.append(TextConversion(budget=0.13, mixed=True, seed=seed))
-        healing = [("norms", 300, 5e-3), ("all", 300, 5e-4), ("all", 300, 1e-3), ("all", 1000, 1e-3)]
+        healing = [("norms", 300, 1e-3), *(("all", 300, rate) for rate in (1e-5, 1e-4, 1e-3)), ("all", 1000, 1e-4)]
         plan += [
             TextConversion(budget=0.04, healed=healed, steps=steps, learning_rate=rate, seed=seed)
             for healed, steps, rate in healing
