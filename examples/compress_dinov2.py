@@ -96,7 +96,7 @@ def main() -> None:
     )
     trainer.train()
     print(f"distilled: validation accuracy {accuracy(model, validation, options):.4f}")
-    KronTrainer(model, arguments(options, options.finetune_steps, 1e-4), train_dataset=train, factor_lr=1.0).train()
+    KronTrainer(model, arguments(options, options.finetune_steps, 1e-5), train_dataset=train, factor_lr=1.0).train()
     print(f"fine-tuned: validation accuracy {accuracy(model, validation, options):.4f}")
 
     scores = {name: accuracy(each, test, options) for name, each in (("dense", dense), ("compressed", model))}

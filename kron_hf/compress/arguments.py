@@ -97,7 +97,7 @@ class HealingOptions:
     distill_steps: int = option(500, "Steps of distillation from the dense model; 0 is none.", metavar="N")
     finetune_steps: int = option(500, "Steps on the labels after that; 0 is none.", metavar="N")
     learning_rate: float = option(1e-5, "Of the distillation; from 3e-5 on it loses what was fitted.", metavar="F")
-    finetune_learning_rate: float = option(1e-4, "Of the steps on the labels.", metavar="F")
+    finetune_learning_rate: float = option(1e-5, "Of the steps on the labels.", metavar="F")
     finetune_logits: float | None = option(
         None,
         "Weight of the dense model's logits beside the labels. (default: 1, but 0 where its head was fitted here)",

@@ -17,10 +17,10 @@ class DistillationConfig:
     part: a model that cannot give it is an error. 0 leaves it out.
 
     AdamW with a learning rate of about 1e-5 and gradients clipped to norm 1 (what `TrainingArguments` do) suits a
-    student that was calibrated, as it suits the fine-tuning of a trained model: from 3e-5 on the first steps lose what
-    was fitted. A student with random or nearest weights takes the rates of any training from scratch. The teacher's
-    head must be trained where `logits` count: pass `logits=0` with the fresh head of an `AutoModelFor...` on a
-    backbone's checkpoint.
+    student that was calibrated, as it suits the fine-tuning of a trained model: DINOv2 loses what was fitted from 3e-5
+    on, a small text encoder from 1e-3 on. A student with random or nearest weights takes the rates of any training from
+    scratch. The teacher's head must be trained where `logits` count: pass `logits=0` with the fresh head of an
+    `AutoModelFor...` on a backbone's checkpoint.
 
     Args:
         logits: Weight of T^2 KL(softmax(teacher / T) || softmax(student / T)). Not for regression and several labels
