@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +186,7 @@ def _path(name: str) -> Method:
 
 
 EVERYTHING = ("layer", "conv", "model")
-CONVOLUTION_WAYS: tuple[Way, ...] = ("b_first", "m_first", "build_w")
+CONVOLUTION_WAYS: tuple[Way, ...] = get_args(Way)
 
 METHODS: dict[str, Method] = {
     "dense": Method(_dense, "dense", subjects=EVERYTHING),

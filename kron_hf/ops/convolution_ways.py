@@ -70,7 +70,7 @@ class BFirst(Product):
             grad_z, blocks, self.b.flatten(0, 1), self.padding, [need_x, True]
         )
         grad_m = grad_mixing.view(self.out_blocks, self.in_blocks, self.rank).permute(2, 0, 1)
-        return grad_blocks.view(x.shape) if need_x else None, grad_m, grad_b.view(self.b.shape)
+        return grad_blocks.reshape(x.shape) if need_x else None, grad_m, grad_b.reshape(self.b.shape)
 
     def _blocks(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0] * self.in_blocks, self.block_in, *x.shape[2:])

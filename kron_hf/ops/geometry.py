@@ -51,7 +51,7 @@ class Convolution(NamedTuple):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
 
     def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, padding: Pair, needed: list[bool]) -> list[Tensor]:
-        """Those for x and the weight, where needed; None for others."""
+        """Those for x and the weight, in any memory format; None for one that is not needed."""
         nothing = (False, [0, 0], 1)  # not transposed, no output padding, no groups
         sizes = (None, list(self.stride), list(padding), list(self.dilation))
         return torch.ops.aten.convolution_backward(grad, x, weight, *sizes, *nothing, [*needed, False])[:2]
