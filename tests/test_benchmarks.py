@@ -353,7 +353,7 @@ def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):
         calibrate.main(["--threads", "1", "2", "--dtype", "bfloat16", "--json", str(path)])
     finally:
         torch.set_num_threads(before)
-    line = "bfloat16, 2 threads: CpuCosts(Rates(1.25, 15, 1.45, 30), Rates(1.1, 46, 1.4, 80), build="
+    line = "bfloat16, 2 threads: CpuCosts(Rates(1.25, 11, 1.45, 14), Rates(1.1, 34, 1.4, 36), build="
     assert line in capsys.readouterr().out
     stored = json.loads(path.read_text())["measured"]
     assert [(each["dtype"], each["threads"], each["costs"]["wake"]) for each in stored] == [

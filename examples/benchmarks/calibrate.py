@@ -56,7 +56,9 @@ def measure(dtype: torch.dtype, how: Measurement) -> CpuCosts:
     short = 20 * how.repeats
     small, factors = torch.randn(8, 8, dtype=dtype), _factors(64, 8, 1, dtype)
     one = _one_thread(lambda: _seconds(lambda: small @ small, short))
-    wake = max(0.0, _seconds(lambda: small @ small, short) - one) if threads > 1 else 0.0
+    larger = torch.randn(64, 64, dtype=dtype)  # the smallest that MKL gives several threads everywhere
+    alone = _one_thread(lambda: _seconds(lambda: larger @ larger, short))
+    wake = max(0.0, _seconds(lambda: larger @ larger, short) - alone) if threads > 1 else 0.0
     row = torch.randn(1, 64, dtype=dtype)
     with forced("token-major-b-first"):
         operator = _one_thread(lambda: _seconds(lambda: kron_linear(row, *factors), short)) - 3 * one
@@ -91,12 +93,12 @@ def _rates(layout: str, calls: CpuCosts, unit: float, dtype: torch.dtype, how: M
                 lambda g=g, x=x, s=s, a=a, b=b: torch.ops.kron_hf.kron_linear_backward(g, x, s, a, b, NEEDED),
                 how.repeats,
             )
-        with_b, with_m = cost._multiply_adds(shape, path)
+        products = cost._multiply_adds(shape, path)
         chunks = -(-how.tokens // path.chunk)
         made = [calls.product(each * chunks, threads) / how.tokens for each in cost._CALLS[layout]]
-        floats = 2 * width
-        rows.append((with_b + with_m, floats, forward / unit / how.tokens - made[0]))
-        rows.append((3 * with_b + 2 * with_m, floats, backward / unit / how.tokens - made[1]))
+        floats = cost._floats(shape, path)
+        rows.append((products[0], floats, forward / unit / how.tokens - made[0]))
+        rows.append((products[1], floats, backward / unit / how.tokens - made[1]))
     return Rates(*fit(rows[::2]), *fit(rows[1::2]))
 
 

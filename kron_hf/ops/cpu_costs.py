@@ -12,7 +12,7 @@ __all__ = ["CpuCosts", "Rates", "cpu_costs"]
 
 
 class Rates(NamedTuple):
-    """Cost of a multiply-add and of a float of input or output, forward and backward, of one layout."""
+    """Cost of a multiply-add and of a float of input, output or between, forward and backward, of one layout."""
 
     forward: float
     forward_float: float
@@ -35,7 +35,7 @@ class CpuCosts(NamedTuple):
         scatter_run: The same, for each run of `bo` floats: short runs are slow to write.
         operator: What one of its calls takes beyond those of torch below, by one thread: Python and the dispatcher.
         call: One call of torch, by one thread.
-        wake: To wake other threads for it: even the smallest matrix product wakes those that sleep.
+        wake: To wake other threads for it: small matrix products wake those that sleep, too.
     """
 
     token_major: Rates
@@ -49,7 +49,7 @@ class CpuCosts(NamedTuple):
     scatter_run: float = 280
     operator: float = 1.5e6
     call: float = 0.4e6
-    wake: float = 15e6
+    wake: float = 5e6
 
     def calls(self, number: float, threads: int) -> float:
         """That many calls of torch: the other threads could compute meanwhile, and are woken for each."""
@@ -60,11 +60,11 @@ class CpuCosts(NamedTuple):
         return self.operator * threads + self.calls(calls, threads)
 
 
-_FLOAT32 = CpuCosts(Rates(1.25, 15, 1.45, 30), Rates(1.1, 46, 1.4, 80))
+_FLOAT32 = CpuCosts(Rates(1.25, 11, 1.45, 14), Rates(1.1, 34, 1.4, 36))
 # The dense product is twice as fast here, moving data is not.
-_BFLOAT16 = CpuCosts(Rates(1.2, 54, 1.5, 200), Rates(1.0, 154, 1.7, 250))
+_BFLOAT16 = CpuCosts(Rates(1.2, 40, 1.5, 90), Rates(1.0, 115, 1.7, 115))
 # Small products have no fast kernel; the dense backward has none either, so that factors win there anyway.
-_FLOAT16 = CpuCosts(Rates(5, 20, 1.45, 40), Rates(22, 46, 1.4, 95))
+_FLOAT16 = CpuCosts(Rates(5, 15, 1.45, 18), Rates(22, 34, 1.4, 43))
 # (one thread, several); those by float and entry were measured with one.
 _MEASURED = {
     torch.float32: (_FLOAT32, _FLOAT32),
