@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from kron_hf.bench.machine import machine
-from kron_hf.ops import cost, kron_linear, paths
+from kron_hf.ops import cost, kron_linear
 from kron_hf.ops.backend import forced, path_name
 from kron_hf.ops.cost import Shape
 from kron_hf.ops.cpu_costs import CpuCosts, Rates
+from kron_hf.ops.dense_weight import build_weight, factor_gradients
 
 __all__ = ["Measurement", "fit", "main", "measure"]
 
@@ -63,10 +64,9 @@ def measure(dtype: torch.dtype, how: Measurement) -> CpuCosts:
     with forced("token-major-b-first"):
         operator = _one_thread(lambda: _seconds(lambda: kron_linear(row, *factors), short)) - 3 * one
     entries, (_, *m_and_b) = width * width, _factors(width, 16, 2, dtype)
-    build = _seconds(lambda: paths._weight(*m_and_b), short) / entries
-    first = x[:1]
-    reduce = _seconds(lambda: paths._dense_parameter_gradients(first, first, *m_and_b), short) / entries
-    read = _seconds(lambda: torch.nn.functional.linear(first, weight), short) / entries
+    build = _seconds(lambda: build_weight(*m_and_b), short) / entries
+    reduce = _seconds(lambda: factor_gradients(weight, *m_and_b), short) / entries
+    read = _seconds(lambda: torch.nn.functional.linear(x[:1], weight), short) / entries
     nothing = Rates(0, 0, 0, 0)
     calls = CpuCosts(nothing, nothing, operator=max(0.0, operator) / unit, call=one / unit, wake=wake / unit)
     return calls._replace(

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kron_hf.factors import to_blocks
 from kron_hf.ops import fused
 from kron_hf.ops.backend import backward_path, forward_path, fused_first
 from kron_hf.ops.cost import Factored, Shape
+from kron_hf.ops.dense_weight import build_weight, factor_gradients
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["autocast_enabled", "backward", "forward"]
@@ -70,7 +70,7 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return fused_out
     path = forward_path(shape)
     if path is None:
-        return F.linear(rows, _weight(m, b), bias)
+        return F.linear(rows, build_weight(m, b), bias)
     layout = _layout(path, m, b)
     out = rows.new_empty(rows.shape[0], m.shape[1] * b.shape[1])
     for x, y in _chunks(path.chunk, rows, out):
@@ -98,7 +98,7 @@ def _gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor, need_x: bool) -> t
         return fused_grads
     path = backward_path(shape)
     if path is None:
-        return None, *_dense_parameter_gradients(g, rows, m, b)
+        return None, *factor_gradients(g.T @ rows, m, b)  # one large product, cheap where the rank is high
     return _factored_gradients(path, g, rows, m, b, need_x)
 
 
@@ -107,22 +107,6 @@ def _layout(path: Factored, m: Tensor, b: Tensor) -> Layout:
     if path.order == "m_first":
         m, b = m.transpose(1, 2), b.transpose(1, 2)
     return _LAYOUTS[path.layout](m, b)
-
-
-def _weight(m: Tensor, b: Tensor) -> Tensor:
-    """`sum_i m_i (x) b_i`, as `factors.kron_weight` for S inside m."""
-    (_, out_blocks, in_blocks), (_, block_out, block_in) = m.shape, b.shape
-    blocks = (m.flatten(1).T @ b.flatten(1)).view(out_blocks, in_blocks, block_out, block_in)
-    return blocks.transpose(1, 2).reshape(out_blocks * block_out, in_blocks * block_in)
-
-
-def _dense_parameter_gradients(g: Tensor, rows: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of M and B from the gradient of W: one large matrix product, cheap where the rank is high."""
-    accumulate = torch.promote_types(g.dtype, torch.float32)
-    blocks = to_blocks(g.T @ rows, (b.shape[1], b.shape[2])).to(accumulate)  # [O * I, bo * bi]
-    grad_m = b.flatten(1).to(accumulate) @ blocks.T
-    grad_b = m.flatten(1).to(accumulate) @ blocks
-    return grad_m.view(m.shape), grad_b.view(b.shape)
 
 
 def _factored_gradients(
