@@ -39,8 +39,8 @@ class KronConv2d(KronLayer):
     S and A_i are over the blocks of channels, B_i is a kernel for the channels of one block:
     `W[j*bo + k, l*bi + m] = sum_i s[j, l] * a[i, j, l] * b[i, k, m]`, each side `[kh, kw]`. A zero of S makes the
     kernels between `bo` output and `bi` input channels zero. No dense weight is stored or trained. The forward works
-    from the factors where that takes far fewer multiply-adds, and keeps what lies between its two steps for the
-    backward (about `rank * bo / bi` or `rank * O / I` times the input); else it builds W for the moment.
+    from the factors where that is to take less time, and keeps its input alone for backward; what lies between the two
+    steps, `rank * bo / bi` or `rank * O / I` times the input, is there for the moment. Else it builds W for the moment.
 
     Args:
         in_channels: Channels of the input, `I * bi`.

@@ -1,4 +1,4 @@
-"""Convolutions with a Kronecker-sparse weight: the way with the fewest multiply-adds, and autograd around it."""
+"""Convolutions with a Kronecker-sparse weight: the way that takes the least time, and autograd around it."""
 
 from math import prod
 from typing import Any, Literal
@@ -14,22 +14,27 @@ __all__ = ["Way", "cheapest_way", "kron_conv2d", "multiply_adds"]
 
 Way = Literal["b_first", "m_first", "build_w"]
 _WAYS: dict[Way, type[Product]] = {"b_first": BFirst, "m_first": MFirst, "build_w": BuildW}
-# What the factors must promise, in multiply-adds, before W is not built: convolutions with few channels run at a lower
-# rate, and what lies between the two steps is written and read once more. On CPUs about 0.4 is even for 3 x 3 kernels,
-# less for 1 x 1 (`python -m examples.benchmarks.run convolutions`).
-_MARGIN = 1 / 3
+# What a float between the two steps costs, in multiply-adds of a dense convolution, for each side of the kernel: it is
+# written and read, forward and backward, and convolutions of blocks with few channels run at a lower rate. Measured on
+# a CPU (`python -m examples.benchmarks.run convolutions`).
+_BETWEEN = 70
 
 
 def cheapest_way(m_shape: torch.Size, b_shape: torch.Size, input_positions: int, device_type: str) -> Way:
-    """The way with the fewest multiply-adds per position of the output.
+    """The way that promises to take the least time per position of the output; of two alike m_first, which is faster.
 
     Neither the batch nor the size of the images decides, so that a program exported for any of them is the same.
     Building W once a call, which is as much as `rank` positions more, is not counted. On the meta device, where nothing
-    is computed and FLOPs are counted, it is the cheaper of the two ways from the factors.
+    is computed and FLOPs are counted, it is the one of the two ways from the factors with fewer multiply-adds.
     """
-    counts = multiply_adds(m_shape, b_shape, input_positions)
-    factored: Way = "b_first" if counts["b_first"] <= counts["m_first"] else "m_first"
-    return "build_w" if device_type != "meta" and counts[factored] > _MARGIN * counts["build_w"] else factored
+    costs = multiply_adds(m_shape, b_shape, input_positions)
+    if device_type == "meta":
+        return "m_first" if costs["m_first"] <= costs["b_first"] else "b_first"
+    (rank, out_blocks, in_blocks), (_, block_out, block_in, *kernel) = m_shape, b_shape
+    a_float = round(_BETWEEN * prod(kernel) ** 0.5)
+    costs["m_first"] += a_float * rank * input_positions * out_blocks * block_in
+    costs["b_first"] += a_float * rank * in_blocks * block_out
+    return min(costs, key=lambda way: costs[way])
 
 
 def multiply_adds(m_shape: torch.Size, b_shape: torch.Size, input_positions: int) -> dict[Way, int]:
@@ -37,8 +42,8 @@ def multiply_adds(m_shape: torch.Size, b_shape: torch.Size, input_positions: int
     (rank, out_blocks, in_blocks), (_, block_out, block_in, *kernel) = m_shape, b_shape
     out_channels, in_channels, kernel_entries = out_blocks * block_out, in_blocks * block_in, prod(kernel)
     return {
-        "b_first": rank * (kernel_entries * in_channels * block_out + out_channels * in_blocks),
         "m_first": rank * (input_positions * in_channels * out_blocks + kernel_entries * out_channels * block_in),
+        "b_first": rank * (kernel_entries * in_channels * block_out + out_channels * in_blocks),
         "build_w": kernel_entries * in_channels * out_channels,
     }
 
