@@ -64,11 +64,11 @@ def test_state_dict_of_a_dense_layer_does_not_load():
 @pytest.mark.parametrize("keep_weight", [False, True])
 @pytest.mark.parametrize("rank", [1, 16], ids=["factors", "build-w"])
 def test_folding_gives_the_same_and_is_lifted_by_writes(rank, keep_weight):
-    layer = KronConv2d(16, 16, 3, 4, rank, padding=1, padding_mode="circular")
+    layer = KronConv2d(64, 64, 3, 4, rank, padding=1, padding_mode="circular")
     with torch.no_grad():
         layer.s[1, 2] = 0
     layer.freeze_mask()
-    x = torch.randn(2, 16, 5, 5)
+    x = torch.randn(2, 64, 5, 5)
     expected = layer(x).detach()
     fold_for_inference(layer, keep_weight=keep_weight)
     assert (layer.folded.weight is not None) == (keep_weight and rank == 16)
@@ -87,12 +87,12 @@ def test_folding_gives_the_same_and_is_lifted_by_writes(rank, keep_weight):
 @pytest.mark.parametrize("rank", [1, 16], ids=["factors", "build-w"])
 @pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True), (True, True)], ids=str)
 def test_without_dead_channels_the_result_is_the_same(monkeypatch, rows, columns, rank, bias, keep_weight):
-    layer = KronConv2d(32, 24, 3, 4, rank, stride=(1, 2), padding=1, padding_mode="reflect", bias=bias).double().eval()
+    layer = KronConv2d(64, 48, 3, 4, rank, stride=(1, 2), padding=1, padding_mode="reflect", bias=bias).double().eval()
     with torch.no_grad():
         layer.s.normal_()
         layer.s[1:3], layer.s[:, 2:5], layer.s[0, 0] = 0, 0, 0
     layer.freeze_mask()
-    x = torch.randn(2, 32, 4, 6, dtype=torch.float64)
+    x = torch.randn(2, 64, 4, 6, dtype=torch.float64)
     monkeypatch.setattr(folded_convolution, "worth_dropping", lambda *_: Dropped(rows, columns))
     with torch.no_grad():
         expected = layer(x)

@@ -10,7 +10,7 @@ from kron_hf.ops.convolution_ways import BFirst, BuildW, Factors, MFirst, Produc
 from kron_hf.ops.geometry import Convolution, Pair
 from kron_hf.ops.paths import autocast_enabled
 
-__all__ = ["Way", "cheapest_way", "kron_conv2d", "multiply_adds"]
+__all__ = ["Way", "cheapest_way", "kron_conv2d", "multiply_adds", "way_costs"]
 
 Way = Literal["b_first", "m_first", "build_w"]
 _WAYS: dict[Way, type[Product]] = {"b_first": BFirst, "m_first": MFirst, "build_w": BuildW}
@@ -27,14 +27,20 @@ def cheapest_way(m_shape: torch.Size, b_shape: torch.Size, input_positions: int,
     Building W once a call, which is as much as `rank` positions more, is not counted. On the meta device, where nothing
     is computed and FLOPs are counted, it is the one of the two ways from the factors with fewer multiply-adds.
     """
-    costs = multiply_adds(m_shape, b_shape, input_positions)
     if device_type == "meta":
-        return "m_first" if costs["m_first"] <= costs["b_first"] else "b_first"
-    (rank, out_blocks, in_blocks), (_, block_out, block_in, *kernel) = m_shape, b_shape
-    a_float = round(_BETWEEN * prod(kernel) ** 0.5)
-    costs["m_first"] += a_float * rank * input_positions * out_blocks * block_in
-    costs["b_first"] += a_float * rank * in_blocks * block_out
+        counts = multiply_adds(m_shape, b_shape, input_positions)
+        return "m_first" if counts["m_first"] <= counts["b_first"] else "b_first"
+    costs = way_costs(m_shape, b_shape, input_positions)
     return min(costs, key=lambda way: costs[way])
+
+
+def way_costs(m_shape: torch.Size, b_shape: torch.Size, input_positions: int) -> dict[Way, float]:
+    """What each way costs per position of the output, in multiply-adds of a dense convolution."""
+    (rank, out_blocks, in_blocks), (_, block_out, block_in, *kernel) = m_shape, b_shape
+    a_float = _BETWEEN * prod(kernel) ** 0.5
+    between = {"m_first": rank * input_positions * out_blocks * block_in, "b_first": rank * in_blocks * block_out}
+    counts = multiply_adds(m_shape, b_shape, input_positions)
+    return {way: count + a_float * between.get(way, 0) for way, count in counts.items()}
 
 
 def multiply_adds(m_shape: torch.Size, b_shape: torch.Size, input_positions: int) -> dict[Way, int]:

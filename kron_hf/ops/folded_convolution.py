@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kron_hf.factors import kron_sum
-from kron_hf.ops.convolution import cheapest_way, kron_conv2d, multiply_adds
+from kron_hf.ops.convolution import cheapest_way, kron_conv2d, way_costs
 from kron_hf.ops.cost import Dropped
 from kron_hf.ops.cpu_costs import cpu_costs
 from kron_hf.ops.folded import Folded, tracked
@@ -114,10 +114,9 @@ def worth_dropping(a: Tensor, b: Tensor, input_positions: int, living_rows: int,
         rows = living_rows if dropped.rows else out_blocks
         columns = living_columns if dropped.columns else in_blocks
         m_shape = torch.Size((rank, rows, columns))
-        way = cheapest_way(m_shape, b.shape, input_positions, a.device.type)
         gathered = costs.gather * columns * block_in * input_positions if dropped.columns else 0
         scattered = block_out * (costs.scatter * rows + costs.fill * out_blocks) if dropped.rows else 0
-        return multiply_adds(m_shape, b.shape, input_positions)[way] + gathered + scattered
+        return min(way_costs(m_shape, b.shape, input_positions).values()) + gathered + scattered
 
     options = [
         Dropped(rows, columns)
