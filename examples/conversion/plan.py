@@ -52,6 +52,7 @@ def _plan() -> list[Conversion]:
     plan += [Conversion(budget=budget, menu=LOW_RANK, seed=seed) for budget in BUDGETS for seed in SEEDS]
     plan += [Conversion(budget=budget, mixed=True, seed=seed) for budget in BUDGETS[1:] for seed in SEEDS]
     plan += [Conversion(budget=0.5)]
+    plan += [Conversion(budget=budget, mixed=True, images=4000) for budget in (0.13, 0.04)]
     return plan
 
 

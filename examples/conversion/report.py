@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from examples.conversion.plan import Conversion
 from examples.conversion.run import RESULTS
 
 __all__ = ["differences", "main", "spread", "table"]
@@ -64,6 +65,8 @@ def _name(row: Row) -> str:
         menu = "chosen shapes" if row["menu"] is None else "low rank, chosen ranks"
         shape = f"{menu}, {row['budget']:g}"
     extras = [" mixed images"] * row["mixed"]
+    if row["images"] != Conversion().images:
+        extras.append(f" {row['images']:,} images")
     if row["distill_steps"]:
         extras.append(f" {row['distill_steps']} steps of distillation at {row['learning_rate']:g}")
     return ",".join([f"{row['method']}, {shape}", *extras])
