@@ -62,6 +62,7 @@ CHOICES = [
     for features, block, rank in product(several, blocks, (1, 2, 4, 8))
     for method in WAYS
 ]
+NAMES = ("vit-s/16", "swin-t", "vit-b/16")
 RIVALS = ("dense-compiled", "kron", "kron-compiled", "vec-parallel", "lora", "lokr")
 LAYERS = [
     _layer(features, method, block, rank)
@@ -76,7 +77,7 @@ LAYERS += [
     for block in (16, 32)
     for sparsity in (0.5, 0.9)
 ]
-MODELS = [_model(name, method) for name in ("vit-s/16", "vit-b/16", "swin-t") for method in RIVALS + WAYS[1:]]
+MODELS = [_model(name, method) for methods in (RIVALS, WAYS[1:]) for name in NAMES for method in methods]
 MODELS += [_model("vit-s/16", "kron", block, rank) for block, rank in ((16, 1), (16, 4), (8, 1), (8, 2), (32, 1))]
 # For calls of few tokens: --threads 1 --tokens 1, 16, 197.
 FEW = [
