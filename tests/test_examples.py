@@ -56,6 +56,20 @@ def test_dinov2_is_compressed_saved_and_compared(tmp_path):
     assert "import kron_hf" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["train_with_trainer.py", "train_with_accelerate.py", "compress_dinov2.py"])
+@pytest.mark.slow
+def test_students_are_trained_alone_and_with_a_teacher(tmp_path):
+    size = ["--epochs", 1, "--seeds", 2, "--learning-rates", 1e-3, 3e-3, "--output-dir", tmp_path]
+    table = run_example("distill_from_scratch.py", *size).splitlines()[-3:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert [name for name, _, _ in cells] == ["dense, the teacher", "student alone", "student with the teacher"]
+    assert {float(rate) for _, rate, _ in cells} <= {1e-3, 3e-3}
+    assert all(0 < float(accuracy.split(" ± ")[0]) <= 1 for _, _, accuracy in cells)
+    assert all("±" in accuracy for _, _, accuracy in cells[1:])
+
+
+NAMES = ["train_with_trainer.py", "train_with_accelerate.py", "compress_dinov2.py", "distill_from_scratch.py"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_examples_stay_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 120
