@@ -89,7 +89,7 @@ _MARGIN = 0.85  # what the factors must promise before W is not built: they lose
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
 # Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache. Half as many
 # token-major lower the peak of a single layer's step (from 1.14 to .97 of dense's at 768 features, rank 2, 4,096
-# tokens; from 1.63 to 1.04 at 384), and take a tenth more time in whole models, whose peak does not change.
+# tokens; from 1.63 to 1.04 at 384), and take a tenth to a sixth more time in whole models, whose peak stays.
 _CHUNK_FLOATS = {"token_major": 2**22, "token_last": 2**21}
 _MAX_CHUNK = 2048
 
