@@ -3,12 +3,9 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.benchmarks import calibrate, report, run
 from examples.benchmarks.cases import Case, Conditions

@@ -1,14 +1,10 @@
 """The experiment that converts a backbone: every way of it on a tiny one, with noise for images."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.conversion import images, run
 from examples.conversion.plan import PLAN, Conversion

@@ -1,12 +1,8 @@
 """The experiment that converts a text encoder: verses, quips, every way of conversion on a tiny encoder."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.conversion import text
 from examples.conversion.encoder import load_encoder, train_encoder

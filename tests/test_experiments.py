@@ -2,15 +2,11 @@
 
 import io
 import json
-import sys
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from examples.experiments.budget import sparsity_for
 from examples.experiments.cases import Candidate, Case, Experiment, Recipe, Run
