@@ -1,5 +1,6 @@
 """The experiment that converts a backbone: every way of it on a tiny one, with noise for images."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,10 @@ from transformers import Dinov2Config, Dinov2Model
 from examples.conversion import images, run
 from examples.conversion.plan import PLAN, Conversion
 from examples.conversion.report import differences, table
+from examples.conversion.saliency import SALIENCIES, compare, surgeon
+from kron_hf.calibration.block_pruning import block_saliency
+from kron_hf.calibration.fit import error_scale
+from kron_hf.calibration.moments import Moments
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +97,26 @@ def test_crops_of_photographs_are_of_their_own_halves(monkeypatch):
     assert set(labels.tolist()) == set(range(9))
     assert torch.equal(pixels, images.photograph_crops("calibration", 20, seed=1)[0])
     assert not torch.equal(pixels, images.photograph_crops("calibration", 20, seed=2)[0])
+
+
+def test_measures_of_what_a_block_is_worth_are_compared(backbone):
+    model = Dinov2Model.from_pretrained(backbone).eval()
+    fitted_on, held_out = torch.randn(2, 20, 3, images.SIZE, images.SIZE, generator=torch.Generator().manual_seed(0))
+    errors = compare(model, fitted_on, held_out, size=8, rank=2)
+    assert list(errors) == ["not pruned", *SALIENCIES]
+    assert {len(each) for each in errors.values()} == {6}
+    assert all(min(each) > 0 and max(each) < 2 for each in errors.values())
+    assert len({tuple(errors[name]) for name in SALIENCIES}) == 3  # they choose other blocks
+
+
+def test_the_surgeon_counts_what_other_entries_make_up_for():
+    """With uncorrelated inputs there is nothing to make up for: the error of leaving a block out, and its ridge."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator) * torch.arange(1, 9)
+    moments = Moments(8)
+    moments.update(x)
+    covariances = moments.result().linear(torch.randn(4, 8, generator=generator))
+    covariances = dataclasses.replace(covariances, c=torch.diag(covariances.c.diagonal()))
+    a, b = torch.randn(2, 2, 4, generator=generator), torch.randn(2, 2, 2, generator=generator)
+    alone = block_saliency(covariances, None, a, b) * error_scale(covariances)
+    torch.testing.assert_close(surgeon(covariances, None, a, b).to(alone), alone, rtol=1e-2, atol=1e-3)

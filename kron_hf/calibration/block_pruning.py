@@ -2,7 +2,7 @@
 
 Leaving out block (p, q) of W raises the output error by `tr(D_p W_pq C_qq W_pq^T)`: exactly so where the factors are
 fitted, since the error is then stationary in the direction of each block. (What the other blocks could make up for,
-Hassibi and Stork's optimal brain surgeon of 1992, chooses no better blocks: measured on activations of a ViT.)
+Hassibi and Stork's optimal brain surgeon of 1992, chooses no better blocks: `examples/conversion/saliency.py`.)
 Pruning in rounds with a refit between them does choose better ones.
 """
 
