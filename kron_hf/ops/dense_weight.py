@@ -33,7 +33,7 @@ def factor_gradients(grad: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     """Of M `[rank, O, I]` and B `[rank, bo, bi]` from that of W, at least in float32."""
     (_, out_blocks, in_blocks), (_, block_out, block_in) = m.shape, b.shape
     wide = torch.promote_types(grad.dtype, torch.float32)
-    by_rows = grad.view(out_blocks, block_out, in_blocks, block_in).transpose(1, 2)
+    by_rows = grad.reshape(out_blocks, block_out, in_blocks, block_in).transpose(1, 2)
     blocks = _contiguous(by_rows).view(out_blocks * in_blocks, block_out * block_in).to(wide)
     rows, columns = m.flatten(1).to(wide), b.flatten(1).to(wide)
     if _one_thread(rows, columns):
