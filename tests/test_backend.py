@@ -147,6 +147,15 @@ def test_building_w_costs_more_than_a_dense_product():
     assert cost.forward_cost(SHAPE._replace(tokens=1), None) > 30 * dense  # W is built for one token
 
 
+def test_backward_computes_the_first_product_again():
+    wide = SHAPE._replace(out_blocks=12, in_blocks=12, block_out=64, block_in=64, rank=1)
+    with_b, with_m = 768 * 64, 12 * 768
+    counts = {path.order: cost._multiply_adds(wide, path) for path in cost.factored_paths(wide)}
+    assert counts["b_first"] == (with_b + with_m, 3 * with_b + 2 * with_m)
+    assert counts["m_first"] == (with_b + with_m, 2 * with_b + 3 * with_m)
+    assert cost.backward_path(wide).order == "m_first"
+
+
 def test_threads_that_are_not_there_are_not_woken():
     few = SHAPE._replace(tokens=1, out_blocks=96, in_blocks=96, block_out=8, block_in=8, rank=1)
     alone, two = (few._replace(threads=threads) for threads in (1, 2))

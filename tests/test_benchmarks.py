@@ -283,6 +283,11 @@ def test_the_whole_grid_in_a_line():
     assert "geometric mean 0.536" in line
     assert "95th percentile 0.575" in line
     assert report.grid_line(some[:1]) is None
+    wide = [made_up(case, ratio) for case, ratio in zip(GRID[-3:], (0.5, 1.0, 2.0), strict=True)]
+    larger = sum(case.features[0] >= 384 for case in GRID)
+    assert report.grid_line(some + wide, smallest=384).startswith(
+        f"grid from 384 features on, 3 of {larger} cases, forward + backward over dense: geometric mean 1.000"
+    )
 
 
 def test_choices_against_the_best_way():

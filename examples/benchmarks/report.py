@@ -50,16 +50,17 @@ def table(rows: Rows) -> Iterator[str]:
         yield f"| {' | '.join([*cells, row.get('error', note)])} |"
 
 
-def grid_line(rows: Rows) -> str | None:
-    """Geometric mean and 95th percentile of the grid; None without rows."""
-    cases = set(GRID)
+def grid_line(rows: Rows, smallest: int = 0) -> str | None:
+    """Geometric mean and 95th percentile of the grid from so many features on; None without rows."""
+    cases = {case for case in GRID if case.features and case.features[0] >= smallest}
     ratios = [ratio for row in rows if Case.from_row(row) in cases and (ratio := over_dense(row, "both_ms"))]
     if len(ratios) < 2:
         return None
     mean, high = geometric_mean(ratios), quantiles(ratios, n=20, method="inclusive")[-1]
+    where = f"grid from {smallest} features on" if smallest else "grid"
     return (
-        f"grid, {len(ratios)} of {len(GRID)} cases, forward + backward over dense: geometric mean {mean:.3f} (at most "
-        f"{MEAN}), 95th percentile {high:.3f} (at most {WORST}), largest {max(ratios):.3f}"
+        f"{where}, {len(ratios)} of {len(cases)} cases, forward + backward over dense: geometric mean {mean:.3f} (at "
+        f"most {MEAN}), 95th percentile {high:.3f} (at most {WORST}), largest {max(ratios):.3f}"
     )
 
 
@@ -101,8 +102,9 @@ def main() -> None:
         summed_up = set(CHOICES + GRID) - set(LIMITS)
         lines = table([row for row in own if Case.from_row(row) not in summed_up])
         sys.stdout.writelines(f"{line}\n" for line in lines)
+        grids = [line for line in (grid_line(own), grid_line(own, smallest=384)) if line] or ["grid: nothing measured"]
         choices = [line for declared in (CHOICES, CONVOLUTIONS) for line in choice_lines(own, declared)]
-        sys.stdout.writelines(f"{line}\n" for line in (grid_line(own) or "grid: nothing measured", *choices))
+        sys.stdout.writelines(f"{line}\n" for line in (*grids, *choices))
         if options.plots:
             name = f"{device}_{dtype}_{threads}_{tokens}"
             draw_over_sizes(own, options.plots / f"speed_{name}.png")

@@ -25,7 +25,7 @@ from kron_hf.calibration.fit import dense, fit_factors, output_error
 from kron_hf.calibration.moments import Covariances, Moments
 from kron_hf.factors import to_blocks
 
-__all__ = ["SALIENCIES", "compare", "main"]
+__all__ = ["SALIENCIES", "compare", "main", "surgeon"]
 
 RIDGE = 1e-4
 
@@ -54,7 +54,7 @@ SALIENCIES = {"output error": block_pruning.block_saliency, "optimal brain surge
 def compare(
     model: nn.Module, images: Tensor, held_out: Tensor, size: int = 16, rank: int = 8
 ) -> dict[str, list[float]]:
-    """Relative squared error of each projection on held-out images: dense in blocks, and pruned by each measure."""
+    """Relative squared error of each projection on held-out images: not pruned, and pruned by each measure."""
     layers = projections(model)
     fitted, judged = (_covariances(model, layers, part) for part in (images, held_out))
     errors: dict[str, list[float]] = {name: [] for name in ("not pruned", *SALIENCIES)}

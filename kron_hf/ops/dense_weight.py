@@ -1,6 +1,6 @@
 """W for the moment of a product, and the gradients of the factors from that of W.
 
-On CPUs a small product or copy by several threads takes ten times as long as the work, to wake them. So W of few
+On CPUs a small product or copy by several threads takes longer than by one, since they must be woken. So W of few
 entries is made and reduced by calls that torch and MKL leave to one thread: products with vectors, copies of small
 parts.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["build_weight", "factor_gradients"]
 
 _ALONE = 2**16  # entries of W, and
-_ALONE_RANK = 8  # the rank, up to which one thread is faster: at 192 features by two to four times
+_ALONE_RANK = 8  # the rank, up to which one thread is faster
 _PART = 2**15  # entries that torch copies by one thread
 
 
