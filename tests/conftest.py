@@ -26,3 +26,17 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_onednn(monkeypatch):
+    """The cost model as on processors where torch's own products are the fastest."""
+    from kron_hf.ops import cost, gemm
+
+    choices = (cost.forward_path, cost.backward_path)
+    monkeypatch.setattr(gemm, "_faster", lambda: False)
+    for choice in choices:
+        choice.cache_clear()
+    yield
+    for choice in choices:
+        choice.cache_clear()

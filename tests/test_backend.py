@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kron_hf.factors import kron_weight
-from kron_hf.ops import backend, cost, cpu_costs, kron_linear, paths
+from kron_hf.ops import backend, cost, cpu_costs, gemm, kron_linear, paths
 
 SHAPE = cost.Shape("cpu", torch.float32, 4096, 48, 48, 16, 16, 2)
 FACTORED = [name for name in backend.BACKENDS if name.count("-") == 3]
@@ -135,16 +135,32 @@ def test_the_chosen_way_is_the_cheapest_but_for_the_margin(features, rank):
     shape = SHAPE._replace(out_blocks=blocks, in_blocks=blocks, rank=rank)
     built = cost.forward_cost(shape, None)
     best = min(cost.forward_cost(shape, path) for path in cost.factored_paths(shape))
-    assert (cost.forward_path(shape) is not None) == (best < 0.85 * built)
-    input_path = cost.forward_path(shape.transposed)
-    costs = {path: cost.backward_cost(shape, path, input_path) for path in (None, *cost.factored_paths(shape))}
-    assert costs[cost.backward_path(shape)] == min(costs.values())
+    assert (cost.forward_path(shape) is not None) == (best < 0.95 * built)
+    built = cost.backward_cost(shape, None, cost.forward_path(shape.transposed))
+    best = min(cost.backward_cost(shape, path) for path in cost.factored_paths(shape))
+    assert (cost.backward_path(shape) is not None) == (best < 0.95 * built)
+    for chosen, way_cost in ((cost.forward_path, cost.forward_cost), (cost.backward_path, cost.backward_cost)):
+        path = chosen(shape)
+        assert path is None or way_cost(shape, path) == min(
+            way_cost(shape, each) for each in cost.factored_paths(shape)
+        )
 
 
-def test_building_w_costs_more_than_a_dense_product():
+def test_building_w_costs_more_than_a_dense_product(without_onednn):
     dense = SHAPE.in_features * SHAPE.out_features
     assert dense < cost.forward_cost(SHAPE, None) < 1.2 * dense
     assert cost.forward_cost(SHAPE._replace(tokens=1), None) > 30 * dense  # W is built for one token
+
+
+def test_a_large_product_with_w_costs_less_by_onednn(without_onednn, monkeypatch):
+    shapes = [SHAPE, SHAPE._replace(tokens=16), SHAPE._replace(dtype=torch.bfloat16)]
+    before = [(cost.forward_cost(shape, None), cost.dense_cost(shape)) for shape in shapes]
+    monkeypatch.setattr(gemm, "_faster", lambda: True)
+    after = [(cost.forward_cost(shape, None), cost.dense_cost(shape)) for shape in shapes]
+    won = (1 - cpu_costs.cpu_costs(torch.float32, 1).onednn) * SHAPE.in_features * SHAPE.out_features
+    assert before[0][0] - after[0][0] == pytest.approx(won)
+    assert before[0][1] == after[0][1]  # nn.Linear stays with MKL
+    assert before[1:] == after[1:]
 
 
 def test_backward_computes_the_first_product_again():

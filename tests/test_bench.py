@@ -109,7 +109,7 @@ def test_a_choice_is_what_the_operator_does(block, rank, training):
         assert chosen.ratio == chosen.costs[chosen.chosen]
 
 
-def test_building_w_in_both_directions_is_never_faster_than_dense():
+def test_building_w_in_both_directions_is_never_faster_than_dense(without_onednn):
     assert choice(training=True).costs["build-w"] > 1
     assert choice(training=True).ratio < 0.5
 
@@ -125,7 +125,7 @@ def test_building_w_in_both_directions_is_never_faster_than_dense():
         pytest.param({"features": 64, "rank": 1}, "but moving data outweighs that at this size", id="small"),
     ],
 )
-def test_it_says_where_no_speed_up_is_expected_and_why(given, reason):
+def test_it_says_where_no_speed_up_is_expected_and_why(without_onednn, given, reason):
     chosen = choice(**given)
     if reason is None:
         assert chosen.ratio < 0.95

@@ -27,6 +27,7 @@ from kron_hf.ops.backend import forced, path_name
 from kron_hf.ops.cost import Shape
 from kron_hf.ops.cpu_costs import CpuCosts, Rates
 from kron_hf.ops.dense_weight import build_weight, factor_gradients
+from kron_hf.ops.gemm import linear, onednn_serves
 
 __all__ = ["Measurement", "fit", "main", "measure"]
 
@@ -66,6 +67,7 @@ def measure(dtype: torch.dtype, how: Measurement) -> CpuCosts:
     entries, (_, *m_and_b) = width * width, _factors(width, 16, 2, dtype)
     build = _seconds(lambda: build_weight(*m_and_b), short) / entries
     reduce = _seconds(lambda: factor_gradients(weight, *m_and_b), short) / entries
+    with_w = _seconds(lambda: linear(x, weight, None), how.repeats) / (how.tokens * entries)
     read = _seconds(lambda: torch.nn.functional.linear(x[:1], weight), short) / entries
     nothing = Rates(0, 0, 0, 0)
     calls = CpuCosts(nothing, nothing, operator=max(0.0, operator) / unit, call=one / unit, wake=wake / unit)
@@ -74,6 +76,7 @@ def measure(dtype: torch.dtype, how: Measurement) -> CpuCosts:
         token_last=_rates("token_last", calls, unit, dtype, how),
         build=build / unit,
         weight_gradient=reduce / unit,
+        onednn=with_w / unit if onednn_serves("cpu", dtype, how.tokens * entries) else 1.0,
         read=max(0.0, read / unit - 1),
         **_moving(x, unit, how.repeats),
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kron_hf.ops.cpu_costs import CpuCosts, Rates, cpu_costs
+from kron_hf.ops.gemm import onednn_serves
 
 __all__ = [
     "Dropped",
@@ -85,7 +86,8 @@ class Factored(NamedTuple):
 
 
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
-_MARGIN = 0.85  # what the factors must promise before W is not built: they lose more when other work runs beside
+_MARGIN = 0.95  # what the factors must promise before W is not built: they lose more when other work runs beside
+_DROPPING_MARGIN = 0.85  # the same, of living blocks alone
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
 # Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache. Half as many
 # token-major lower the peak of a single layer's step (from 1.14 to .97 of dense's at 768 features, rank 2, 4,096
@@ -117,7 +119,7 @@ def backward_path(shape: Shape) -> Factored | None:
     if shape.device_type != "cpu":
         return path if _multiply_adds(shape, path)[0] <= dense_cost(shape) / 4 else None
     built = backward_cost(shape, None, forward_path(shape.transposed))
-    return path if backward_cost(shape, path) < built else None
+    return path if backward_cost(shape, path) < _MARGIN * built else None
 
 
 def dense_cost(shape: Shape) -> float:
@@ -128,7 +130,7 @@ def dense_cost(shape: Shape) -> float:
 def forward_cost(shape: Shape, path: Factored | None) -> float:
     """What a way to `x W^T` costs; `nn.Linear` costs `dense_cost`. On other devices than CPUs multiply-adds alone."""
     if path is None:
-        return dense_cost(shape) + _once(shape, _costs(shape).build, _product(shape, 3))
+        return _weight_cost(shape) + _once(shape, _costs(shape).build, _product(shape, 3))
     products, _ = _multiply_adds(shape, path)
     if shape.device_type != "cpu":
         return products
@@ -181,7 +183,7 @@ def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropp
         return product + gathered + scattered + _once(shape, extra=calls)
 
     best = min(options, key=cost)
-    return best if cost(best) < _MARGIN * cost(nothing) else nothing
+    return best if cost(best) < _DROPPING_MARGIN * cost(nothing) else nothing
 
 
 def factored_paths(shape: Shape) -> list[Factored]:
@@ -226,6 +228,13 @@ def _multiply_adds(shape: Shape, path: Factored) -> tuple[int, int]:
     else:
         first, second = shape.out_blocks * shape.in_features, shape.out_features * shape.block_in
     return shape.rank * (first + second), shape.rank * (3 * first + 2 * second)
+
+
+def _weight_cost(shape: Shape) -> float:
+    """What the product with W costs that stands."""
+    entries = shape.in_features * shape.out_features
+    faster = onednn_serves(shape.device_type, shape.dtype, shape.tokens * entries)
+    return dense_cost(shape) - (1 - _costs(shape).onednn) * entries if faster else dense_cost(shape)
 
 
 def _costs(shape: Shape) -> CpuCosts:

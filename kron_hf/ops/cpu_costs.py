@@ -30,6 +30,7 @@ class CpuCosts(NamedTuple):
         token_last: Rates of that layout.
         build: An entry of W: to build it.
         weight_gradient: An entry of W: to reduce its gradient to those of M_i and B_i.
+        onednn: A multiply-add of a product with W by oneDNN, where it serves (see `gemm`).
         read: An entry of W: to fetch it for a product, of few tokens nearly all that it takes.
         gather: A float of the input, to gather it with other living blocks.
         fill: A float of the output, to fill it before what lives is written into it.
@@ -44,6 +45,7 @@ class CpuCosts(NamedTuple):
     token_last: Rates
     build: float = 30
     weight_gradient: float = 80
+    onednn: float = 0.87
     read: float = 8
     gather: float = 25
     fill: float = 9
@@ -62,7 +64,7 @@ class CpuCosts(NamedTuple):
         return self.operator * threads + self.calls(calls, threads)
 
 
-_FLOAT32 = CpuCosts(Rates(1.25, 11, 1.45, 14), Rates(1.1, 34, 1.4, 36))
+_FLOAT32 = CpuCosts(Rates(1.25, 11, 1.45, 14), Rates(1.05, 32, 1.4, 38))
 # The dense product is twice as fast here, moving data is not.
 _BFLOAT16 = CpuCosts(Rates(1.2, 40, 1.5, 90), Rates(1.0, 115, 1.7, 115))
 # Small products have no fast kernel; the dense backward has none either, so that factors win there anyway.

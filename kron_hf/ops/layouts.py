@@ -17,6 +17,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kron_hf.ops.gemm import onednn_linear, onednn_serves
+
 __all__ = ["Layout", "TokenLast", "TokenMajor"]
 
 
@@ -138,8 +140,11 @@ class TokenLast(Layout):
         return torch.bmm(self.b.expand(self.in_blocks, -1, -1), columns, out=z)
 
     def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
-        y = self._buffer("out", self.out_blocks, self.block_out * len(out))
-        torch.mm(self.m, z.view(self.m.shape[1], -1), out=y)
+        z = z.view(self.m.shape[1], -1)
+        if onednn_serves(z.device.type, z.dtype, len(self.m) * z.numel()):
+            y = onednn_linear(self.m, z.T)
+        else:
+            y = torch.mm(self.m, z, out=self._buffer("out", self.out_blocks, self.block_out * len(out)))
         _write_transposed(y, bias, out)
 
     def pull(self, g: Tensor) -> Tensor:  # noqa: D102

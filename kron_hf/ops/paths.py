@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kron_hf.ops import fused
 from kron_hf.ops.backend import backward_path, forward_path, fused_first
 from kron_hf.ops.cost import Factored, Shape
 from kron_hf.ops.dense_weight import build_weight, factor_gradients
+from kron_hf.ops.gemm import linear
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 
 __all__ = ["autocast_enabled", "backward", "forward"]
@@ -70,7 +70,7 @@ def _product(rows: Tensor, m: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return fused_out
     path = forward_path(shape)
     if path is None:
-        return F.linear(rows, build_weight(m, b), bias)
+        return linear(rows, build_weight(m, b), bias)
     layout = _layout(path, m, b)
     out = rows.new_empty(rows.shape[0], m.shape[1] * b.shape[1])
     for x, y in _chunks(path.chunk, rows, out):
