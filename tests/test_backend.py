@@ -210,7 +210,7 @@ def test_a_shape_knows_the_threads_that_compute():
 
 
 def test_on_other_devices_multiply_adds_are_counted_alone():
-    path = cost.Factored("token_last", "b_first", 8192)
+    path = cost.Factored("token_last", "b_first", 8192, 8192)
     shape = SHAPE._replace(device_type="cuda")
     products = 2 * (768 * 16 + 48 * 768)
     assert cost.forward_cost(shape, path) == products

@@ -10,7 +10,7 @@ from kron_hf.ops import cost, kron_linear, paths
 
 CHUNK = 4
 PATHS = [pytest.param(None, id="build_w")] + [
-    pytest.param(cost.Factored(layout, order, CHUNK), id=f"{layout}-{order}")
+    pytest.param(cost.Factored(layout, order, CHUNK, CHUNK), id=f"{layout}-{order}")
     for layout, order in product(("token_major", "token_last"), ("b_first", "m_first"))
 ]
 SHAPES = [  # (out_blocks, in_blocks, block_out, block_in, rank)
@@ -113,7 +113,7 @@ def test_any_strides_and_leading_dimensions(force_path, path, make_x):
 
 
 def test_a_transposed_gradient(force_path):
-    force_path(cost.Factored("token_last", "b_first", CHUNK))
+    force_path(cost.Factored("token_last", "b_first", CHUNK, CHUNK))
     inputs = make_inputs(SQUARE, 10)
     gradient = torch.randn(12, 10, dtype=torch.float64).T
     given = torch.autograd.grad(kron_linear(*inputs), inputs, gradient)

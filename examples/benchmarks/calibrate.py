@@ -97,8 +97,11 @@ def _rates(layout: str, calls: CpuCosts, unit: float, dtype: torch.dtype, how: M
                 how.repeats,
             )
         products = cost._multiply_adds(shape, path)
-        chunks = -(-how.tokens // path.chunk)
-        made = [calls.product(each * chunks, threads) / how.tokens for each in cost._CALLS[layout]]
+        chunks = (-(-how.tokens // size) for size in (path.chunk, path.backward_chunk))
+        made = [
+            calls.product(each * number, threads) / how.tokens
+            for each, number in zip(cost._CALLS[layout], chunks, strict=True)
+        ]
         floats = cost._floats(shape, path)
         rows.append((products[0], floats, forward / unit / how.tokens - made[0]))
         rows.append((products[1], floats, backward / unit / how.tokens - made[1]))

@@ -77,23 +77,28 @@ class Factored(NamedTuple):
     Attributes:
         layout: How Z lies in memory, see `layouts`.
         order: Whether the block factors B_i or M_i = S * A_i come first.
-        chunk: Tokens in a chunk.
+        chunk: Tokens in a chunk, forward.
+        backward_chunk: The same, backward.
     """
 
     layout: Literal["token_major", "token_last"]
     order: Literal["b_first", "m_first"]
     chunk: int
+    backward_chunk: int
 
 
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.95  # what the factors must promise before W is not built: they lose more when other work runs beside
 _DROPPING_MARGIN = 0.85  # the same, of living blocks alone
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
-# Floats that a chunk works on: larger chunks make fewer calls, until what they work on leaves the cache. Half as many
-# token-major lower the peak of a single layer's step (from 1.14 to .97 of dense's at 768 features, rank 2, 4,096
-# tokens; from 1.63 to 1.04 at 384), and take a tenth to a sixth more time in whole models, whose peak stays.
-_CHUNK_FLOATS = {"token_major": 2**22, "token_last": 2**21}
-_MAX_CHUNK = 2048
+# Floats that a chunk works on, forward and backward: larger chunks make fewer calls, until what they work on leaves the
+# cache. Half as many token-major lower the peak of a single layer's step (from 1.14 to .97 of dense's at 768 features,
+# rank 2, 4,096 tokens; from 1.63 to 1.04 at 384), and take a tenth to a sixth more time in whole models, whose peak
+# stays. Token-last chunks are larger forward, where nothing else is held, than backward, where the peak is.
+_CHUNK_FLOATS = {"token_major": (2**22, 2**22), "token_last": (2**22, 2**21)}
+_MAX_CHUNK = {"token_major": 2048, "token_last": 1024}
+# Tokens that are left out of a chunk, lest rows of Z and V, tokens last, lie in the same few lines of the cache.
+_CHUNK_LESS = {"token_major": 0, "token_last": 16}
 
 
 class Dropped(NamedTuple):
@@ -135,7 +140,7 @@ def forward_cost(shape: Shape, path: Factored | None) -> float:
     if shape.device_type != "cpu":
         return products
     rates, floats = _rates(shape, path), _floats(shape, path)
-    calls = _CALLS[path.layout][0] * _chunks(shape, path)
+    calls = _CALLS[path.layout][0] * _chunks(shape, path.chunk)
     return rates.forward * products + rates.forward_float * floats + _once(shape, extra=_product(shape, calls))
 
 
@@ -151,7 +156,7 @@ def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | No
     if shape.device_type != "cpu":
         return products
     rates, floats = _rates(shape, path), _floats(shape, path)
-    calls = _CALLS[path.layout][1] * _chunks(shape, path)
+    calls = _CALLS[path.layout][1] * _chunks(shape, path.backward_chunk)
     return rates.backward * products + rates.backward_float * floats + _once(shape, extra=_product(shape, calls))
 
 
@@ -189,7 +194,7 @@ def worth_dropping(shape: Shape, living_rows: int, living_columns: int) -> Dropp
 def factored_paths(shape: Shape) -> list[Factored]:
     """Every way to compute from the factors, the bad ones too."""
     orders = product(("token_major", "token_last"), ("b_first", "m_first"))
-    return [Factored(layout, order, _chunk(shape, layout, order)) for layout, order in orders]
+    return [Factored(layout, order, *_chunk_sizes(shape, layout, order)) for layout, order in orders]
 
 
 def _candidates(shape: Shape) -> list[Factored]:
@@ -203,12 +208,18 @@ def _candidates(shape: Shape) -> list[Factored]:
     ]
 
 
-def _chunk(shape: Shape, layout: str, order: str) -> int:
-    """Tokens a chunk, a power of two."""
+def _chunk_sizes(shape: Shape, layout: str, order: str) -> tuple[int, int]:
+    """Tokens a chunk, forward and backward: a power of two, or a little less."""
     if shape.device_type != "cpu":  # few launches
-        return 8192
+        return 8192, 8192
     floats = 2 * _between(shape, order) + 1.5 * (shape.in_features + shape.out_features)
-    return min(_MAX_CHUNK, 2 ** max(4, round(log2(_CHUNK_FLOATS[layout] / floats))))
+    forward, backward = (2 ** max(4, round(log2(number / floats))) for number in _CHUNK_FLOATS[layout])
+    return _fitting(layout, forward), _fitting(layout, backward)
+
+
+def _fitting(layout: str, size: int) -> int:
+    size = min(_MAX_CHUNK[layout], size)
+    return size - _CHUNK_LESS[layout] if size >= 256 else size
 
 
 def _between(shape: Shape, order: str) -> int:
@@ -257,8 +268,8 @@ def _once(shape: Shape, per_entry: float = 0, extra: float = 0) -> float:
     return (per_entry * shape.in_features * shape.out_features + extra) / max(1, shape.tokens)
 
 
-def _chunks(shape: Shape, path: Factored) -> int:
-    return -(-shape.tokens // path.chunk)
+def _chunks(shape: Shape, size: int) -> int:
+    return -(-shape.tokens // size)
 
 
 def fused_wins(shape: Shape) -> bool:

@@ -17,8 +17,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kron_hf.ops.gemm import onednn_linear, onednn_serves
-
 __all__ = ["Layout", "TokenLast", "TokenMajor"]
 
 
@@ -140,12 +138,15 @@ class TokenLast(Layout):
         return torch.bmm(self.b.expand(self.in_blocks, -1, -1), columns, out=z)
 
     def contract(self, z: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
-        z = z.view(self.m.shape[1], -1)
-        if onednn_serves(z.device.type, z.dtype, len(self.m) * z.numel()):
-            y = onednn_linear(self.m, z.T)
+        # Features vary the fastest in y: from there to out is a shorter way than from `[O, bo, n]`.
+        y = self._buffer("out", self.block_out * len(out), self.out_blocks)
+        torch.mm(z.view(self.m.shape[1], -1).T, self.m.T, out=y)
+        y = y.view(self.block_out, len(out), self.out_blocks).permute(1, 2, 0)
+        blocks = out.view(y.shape)
+        if bias is None:
+            blocks.copy_(y)
         else:
-            y = torch.mm(self.m, z, out=self._buffer("out", self.out_blocks, self.block_out * len(out)))
-        _write_transposed(y, bias, out)
+            torch.add(y, bias.view(y.shape[1:]), out=blocks)
 
     def pull(self, g: Tensor) -> Tensor:  # noqa: D102
         tokens = g.shape[1] // self.block_out

@@ -117,8 +117,8 @@ def _factored_gradients(
     accumulate = torch.promote_types(g.dtype, torch.float32)
     grad_m, grad_b = layout.zero_grad_m(accumulate), layout.zero_grad_b(accumulate)
     grad_x = torch.empty_like(rows) if need_x else None
-    for start in range(0, rows.shape[0], path.chunk):
-        chunk = slice(start, start + path.chunk)
+    for start in range(0, rows.shape[0], path.backward_chunk):
+        chunk = slice(start, start + path.backward_chunk)
         left, right = (rows[chunk], g[chunk]) if m_first else (g[chunk], rows[chunk])
         left = layout.prepare(left)
         z = layout.expand(right)
