@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.benchmarks import calibrate, report, run
+from examples.benchmarks import calibrate, libraries, report, run
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
@@ -346,6 +346,18 @@ def test_every_cost_is_measured(dtype):
     assert min(costs.build, costs.weight_gradient, costs.gather, costs.fill, costs.call) > 0
     assert costs.onednn == 1  # such a product is torch's own
     assert calibrate.line(costs).startswith(f"CpuCosts(Rates({costs.token_major.forward:.3g}, ")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_libraries_are_compared_and_the_times_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(libraries, "PRODUCTS", (libraries.Operands(5, 3, 2),))
+    libraries.main(["--repeats", "3", "--json", str(tmp_path / "libraries.json")])
+    stored = json.loads((tmp_path / "libraries.json").read_text())
+    (row,) = stored["measured"]
+    assert (row["tokens"], row["in_features"], row["out_features"]) == (5, 3, 2)
+    assert min(row["torch_ms"], row["onednn_ms"]) > 0
+    assert f"5 tokens,    3 to    2 features:   {row['torch_ms']:.3f} ms, oneDNN" in capsys.readouterr().out
+    assert stored["machine"]["torch"] == torch.__version__
 
 
 def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):

@@ -102,18 +102,20 @@ def memory(measured: Measured, *, hooks: bool = True) -> dict[str, int | None]:
 
 
 def _saved_bytes(measured: Measured) -> int:
-    saved: dict[int, Tensor] = {}
+    # Storages and detached tensors: tensors would keep the graph that keeps them, with all activations, for ever.
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = measured.subject.run(measured.model)
     del out
     for parameter in measured.model.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _bytes_of(tensors: list[Tensor]) -> int:

@@ -242,7 +242,7 @@ def _multiply_adds(shape: Shape, path: Factored) -> tuple[int, int]:
 
 
 def _weight_cost(shape: Shape) -> float:
-    """What the product with W costs that stands."""
+    """What a product with W costs once W is built."""
     entries = shape.in_features * shape.out_features
     faster = onednn_serves(shape.device_type, shape.dtype, shape.tokens * entries)
     return dense_cost(shape) - (1 - _costs(shape).onednn) * entries if faster else dense_cost(shape)
