@@ -172,6 +172,14 @@ def test_backward_computes_the_first_product_again():
     assert cost.backward_path(wide).order == "m_first"
 
 
+def test_chunks_fill_the_cache_and_no_row_of_tokens_is_a_power_of_two():
+    small_blocks = SHAPE._replace(out_blocks=96, in_blocks=96, block_out=8, block_in=8, rank=1)
+    sizes = {path.layout: (path.chunk, path.backward_chunk) for path in cost.factored_paths(small_blocks)}
+    assert sizes == {"token_major": (1024, 1024), "token_last": (1008, 496)}
+    wide = SHAPE._replace(out_blocks=2048, in_blocks=2048, rank=16)
+    assert {(path.chunk, path.backward_chunk) for path in cost.factored_paths(wide)} == {(16, 16)}
+
+
 def test_threads_that_are_not_there_are_not_woken():
     few = SHAPE._replace(tokens=1, out_blocks=96, in_blocks=96, block_out=8, block_in=8, rank=1)
     alone, two = (few._replace(threads=threads) for threads in (1, 2))
