@@ -18,7 +18,9 @@ PRIVATE = {
     # torch
     "_AutoDispatchBelowAutograd": "ops/operator.py",
     "_C": "ops/operator.py",
+    "_linear_pointwise": "ops/gemm.py",
     "_parameters": "peft_tuner/stored.py",
+    "_schema": "ops/gemm.py",
     "_version": "ops/folded.py",
     # transformers
     "_from_config": "model.py",

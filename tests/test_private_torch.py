@@ -4,6 +4,7 @@ import argparse
 import enum
 import inspect
 
+import pytest
 import torch
 from private_names import relies_on
 from torch import nn
@@ -16,6 +17,20 @@ def test_dispatch_below_autograd():
     with torch._C._AutoDispatchBelowAutograd():
         assert torch.ops.aten.mul.Tensor(x, x).grad_fn is None
     assert torch.ops.aten.mul.Tensor(x, x).grad_fn is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@relies_on("torch", "_linear_pointwise", "_schema")
+def test_linear_by_onednn():
+    """torch.ops.mkldnn._linear_pointwise computes what F.linear does, and its _schema names these arguments."""
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    assert str(operator._schema) == (
+        "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) "
+        "-> Tensor Y"
+    )
+    x, weight, bias = torch.randn(5, 4), torch.randn(4, 3).T, torch.randn(3)
+    found = operator(x, weight, bias, "none", [], "")
+    torch.testing.assert_close(found, nn.functional.linear(x, weight, bias))
 
 
 @relies_on("torch", "_version")

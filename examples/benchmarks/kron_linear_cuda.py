@@ -31,8 +31,8 @@ FUSED = "fused"
 Route = Factored | str | None
 PATHS: dict[str, Route] = {
     FUSED: FUSED,
-    "two_gemms_b_first": Factored("token_last", "b_first", 2**20),
-    "two_gemms_m_first": Factored("token_last", "m_first", 2**20),
+    "two_gemms_b_first": Factored("token_last", "b_first", 2**20, 2**20),
+    "two_gemms_m_first": Factored("token_last", "m_first", 2**20, 2**20),
     "build_w": None,
 }
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 4e-2, torch.float16: 1e-2}  # float32 may be TF32
