@@ -1,13 +1,16 @@
 """The benchmarks: what is declared, every method on tiny sizes, what is measured, the report."""
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from examples.benchmarks import calibrate, libraries, report, run
+from examples.benchmarks import calibrate, libraries, measuring, report, run
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
@@ -274,6 +277,20 @@ def test_tables(rows):
     assert f"limit {LIMITS[case]}: missed" in line
     (line,) = list(report.table([made_up(conv("kron"), 0.5)]))[2:]
     assert line.startswith("| 8 -> 16, 3 x 3 / 2 of 6 x 6 | kron | 4 x 4, 2 | 0.50 | 0.50 | 0.50 |")
+
+
+def test_counting_saved_bytes_keeps_no_activations():
+    x, model, outputs = torch.randn(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh()), []
+
+    def forward(model):
+        out = model(x)  # tanh saves it
+        outputs.append(weakref.ref(out))
+        return out
+
+    measured = SimpleNamespace(model=model, subject=SimpleNamespace(run=forward))
+    assert measuring._saved_bytes(measured) == x.nbytes + 3 * 5 * 4
+    gc.collect()
+    assert outputs[0]() is None
 
 
 def test_the_whole_grid_in_a_line():
