@@ -40,3 +40,10 @@ def without_onednn(monkeypatch):
     yield
     for choice in choices:
         choice.cache_clear()
+
+
+@pytest.fixture
+def restored_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before

@@ -13,7 +13,7 @@ from kron_hf.bench import timing
 from kron_hf.bench.choice import Choice, choose, total_ratio
 from kron_hf.bench.layers import ModelLayer, model_layers
 from kron_hf.cli import main
-from kron_hf.ops import backend, cost
+from kron_hf.ops import backend, cost, gemm
 
 
 def tiny_vit():
@@ -104,7 +104,7 @@ def test_a_choice_is_what_the_operator_does(block, rank, training):
     assert backend.path_name(backend.forward_path(shape)) == chosen.chosen.split(" + ")[0]
     if training:
         assert backend.path_name(backend.backward_path(shape)) == chosen.chosen.split(" + ")[-1]
-    assert chosen.costs.keys() == {"build-w", *map(backend.path_name, cost.factored_paths(shape))}
+    assert chosen.costs.keys() == {"build-w", *map(backend.path_name, cost.candidates(shape))}
     if chosen.chosen != "build-w" and " + " not in chosen.chosen:
         assert chosen.ratio == chosen.costs[chosen.chosen]
 
@@ -112,6 +112,14 @@ def test_a_choice_is_what_the_operator_does(block, rank, training):
 def test_building_w_in_both_directions_is_never_faster_than_dense(without_onednn):
     assert choice(training=True).costs["build-w"] > 1
     assert choice(training=True).ratio < 0.5
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_it_says_that_another_library_is_why_building_w_is_faster(without_onednn, monkeypatch, faster):
+    monkeypatch.setattr(gemm, "_faster", lambda: faster)
+    remark = "products with W by oneDNN, where nn.Linear takes MKL"
+    assert (remark in str(choice(block=4, rank=8))) == faster
+    assert remark not in str(choice(rank=2))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +153,8 @@ def test_choices_for_people(kron_dir, capsys):
     out = printed(capsys, "--model", kron_dir, "--choose", "--training", "--tokens", "64")
     assert "cpu, float32, 64 tokens, forward and backward; predicted time over nn.Linear" in out
     assert "8 x 32 -> 32, blocks 4 x 4, rank 2 (vit.layers.0." in out
-    assert re.search(r"build-w \d+\.\d\d, token-major-b-first \d+\.\d\d", out)
+    assert re.search(r"build-w \d+\.\d\d, token-last-b-first \d+\.\d\d", out)
+    assert "token-major" not in out  # no choice for blocks of 4
     assert out.count("chosen: ") == 3
     assert re.search(
         r"All 12 layers together: predicted time \d+\.\d\d of dense; no speed-up expected for this mo", out
@@ -154,8 +163,9 @@ def test_choices_for_people(kron_dir, capsys):
 
 def test_choices_for_a_device_that_is_not_here(kron_dir, capsys):
     out = printed(capsys, "--model", kron_dir, "--choose", "--device", "cuda")
-    assert "nothing has been measured: these are multiply-adds, which say little of time" in out
-    assert out.count("of dense multiply-adds") == 4
+    assert "Nothing was measured on devices other than CPUs: this is arithmetic for one of the H200's class" in out
+    assert out.count("of dense by arithmetic") == 4
+    assert re.search(r"build-w \d+\.\d\d, token-last-b-first \d+\.\d\d, token-last-m-first \d+\.\d\d, fused \d", out)
 
 
 # What is measured

@@ -18,6 +18,7 @@ from examples.benchmarks.plots import draw_over_sizes, draw_roofline
 from examples.benchmarks.registry import CHOICES, GRID, LIMITS, SUITES, limit
 from examples.benchmarks.subjects import MODELS, Subject, build_subject
 from kron_hf.factors import kron_weight
+from kron_hf.ops import paths
 from kron_hf.ops.backend import forced_backend
 from kron_hf.ops.cpu_costs import cpu_costs
 
@@ -188,6 +189,23 @@ def test_memory_of_a_known_layer():
     assert found["optimizer_bytes"] == 2 * weights + 2 * 4
     at_rest = 3 * weights + 2 * 4 + x
     assert at_rest + weights + x <= found["peak_bytes"] <= at_rest + weights + x + 4 * 16 * 64 + 1024  # gradients, y
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_as_on_a_gpu_the_layer_of_the_authors_takes_no_more_memory_than_dense(monkeypatch, rank):
+    """What an accelerator's chunks hold, counted where torch allocates on the CPU."""
+    as_here = paths.Shape.of
+    like_cuda = SimpleNamespace(of=lambda *sizes: as_here(*sizes)._replace(device_type="cuda", threads=1))
+    monkeypatch.setattr(paths, "Shape", like_cuda)
+    case = Case(subject="layer", features=(1024, 1024), method="kron", block_size=(8, 8), rank=rank)
+    conditions = Conditions(device="cpu", dtype="float32", tokens=1280, batch=1, threads=1, machine="")
+    peaks = {}
+    for method in ("dense", "kron"):
+        subject = build_subject(case, conditions)
+        measured = Measured.of(METHODS[method].build(subject.model, case, subject.modules), subject, trained=True)
+        measured.step()
+        peaks[method] = memory(measured)["peak_bytes"]
+    assert peaks["kron"] < peaks["dense"]
 
 
 def test_runs_alternate_and_the_median_without_the_first_two_counts(monkeypatch):

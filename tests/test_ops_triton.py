@@ -96,13 +96,6 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.fixture
-def restored_tf32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "dtype", "capability"),

@@ -24,10 +24,10 @@ from torch import Tensor
 from kron_hf.bench.machine import machine
 from kron_hf.ops import cost, kron_linear
 from kron_hf.ops.backend import forced, path_name
-from kron_hf.ops.cost import Shape
 from kron_hf.ops.cpu_costs import CpuCosts, Rates
 from kron_hf.ops.dense_weight import build_weight, factor_gradients
 from kron_hf.ops.gemm import linear, onednn_serves
+from kron_hf.ops.ways import Shape, multiply_adds
 
 __all__ = ["Measurement", "fit", "main", "measure"]
 
@@ -96,7 +96,7 @@ def _rates(layout: str, calls: CpuCosts, unit: float, dtype: torch.dtype, how: M
                 lambda g=g, x=x, s=s, a=a, b=b: torch.ops.kron_hf.kron_linear_backward(g, x, s, a, b, NEEDED),
                 how.repeats,
             )
-        products = cost._multiply_adds(shape, path)
+        products = multiply_adds(shape, path)
         chunks = (-(-how.tokens // size) for size in (path.chunk, path.backward_chunk))
         made = [
             calls.product(each * number, threads) / how.tokens

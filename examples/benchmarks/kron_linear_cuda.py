@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kron_hf.factors import kron_weight
 from kron_hf.ops import kron_linear, paths
-from kron_hf.ops.cost import Factored, Shape
+from kron_hf.ops.ways import Factored, Shape
 
 FUSED = "fused"
 Route = Factored | str | None

@@ -6,8 +6,9 @@ import torch
 
 from kron_hf.bench.layers import ModelLayer
 from kron_hf.factors import kron_flops
-from kron_hf.ops import cost, fused
+from kron_hf.ops import accelerator_costs, cost, fused
 from kron_hf.ops.backend import backward_path, forced_backend, forward_path, fused_first, path_name
+from kron_hf.ops.gemm import onednn_serves
 
 __all__ = ["SPEED_UP", "Choice", "choose", "total_ratio"]
 
@@ -24,7 +25,8 @@ class Choice:
         chosen: Name of the way; of both ways, if the backward takes another one.
         ratio: Predicted cost over that of `nn.Linear`.
         reason: Why it is no faster than dense; None if it is.
-        of_what: What the costs are shares of: dense time, or on devices without measurements dense multiply-adds.
+        of_what: What the costs are shares of: dense time, on devices without measurements by arithmetic.
+        remark: What makes it faster than dense if it is not the factors.
     """
 
     layer: ModelLayer
@@ -33,11 +35,13 @@ class Choice:
     ratio: float
     reason: str | None
     of_what: str = "dense"
+    remark: str | None = None
 
     def __str__(self) -> str:
         costs = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.costs.items())
         outlook = "" if self.reason is None else f"; no speed-up expected here: {self.reason}"
-        return f"{self.layer}\n  {costs}\n  chosen: {self.chosen}, {self.ratio:.2f} of {self.of_what}{outlook}"
+        remark = "" if self.remark is None else f" ({self.remark})"
+        return f"{self.layer}\n  {costs}\n  chosen: {self.chosen}, {self.ratio:.2f} of {self.of_what}{remark}{outlook}"
 
 
 def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: int, training: bool) -> Choice:
@@ -48,20 +52,25 @@ def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: i
     def ratio(forward: float, backward: float) -> float:
         return (forward + backward * training) / dense
 
-    ways = {path_name(path): path for path in (None, *cost.factored_paths(shape))}
+    ways = {path_name(path): path for path in (None, *cost.candidates(shape))}
     costs = {
         name: ratio(cost.forward_cost(shape, path), cost.backward_cost(shape, path, path))
         for name, path in ways.items()
     }
     forward, backward, input_gradient = forward_path(shape), backward_path(shape), forward_path(shape.transposed)
     chosen = [path_name(forward), path_name(backward)] if training and forward != backward else [path_name(forward)]
-    if fused_first(shape) and fused.supports(shape) and device_type == "cuda":
-        chosen = ["fused"]
     chosen_ratio = ratio(cost.forward_cost(shape, forward), cost.backward_cost(shape, backward, input_gradient))
+    if device_type == "cuda" and fused.supports(shape):
+        costs["fused"] = ratio(*accelerator_costs.fused_cost(shape))
+        if fused_first(shape):
+            chosen, chosen_ratio = ["fused"], costs["fused"]
     reason = None if chosen_ratio < SPEED_UP else _reason(layer, tokens)
     forced = "" if forced_backend() is None else " (KRON_HF_BACKEND)"
-    of_what = "dense" if device_type == "cpu" else "dense multiply-adds"
-    return Choice(layer, costs, " + ".join(chosen) + forced, chosen_ratio, reason, of_what)
+    of_what = "dense" if device_type == "cpu" else "dense by arithmetic"
+    remark = None
+    if forward is None and onednn_serves(device_type, dtype, tokens * layer.in_features * layer.out_features):
+        remark = "products with W by oneDNN, where nn.Linear takes MKL"
+    return Choice(layer, costs, " + ".join(chosen) + forced, chosen_ratio, reason, of_what, remark)
 
 
 def total_ratio(choices: list[Choice]) -> float:

@@ -11,7 +11,7 @@ from kron_hf.checkpoint.reading import clean_errors
 from kron_hf.config import KronConfig
 from kron_hf.escaping import plain
 from kron_hf.model import build_untrained, model_class_for
-from kron_hf.ops.cost import Shape
+from kron_hf.ops.ways import Shape, tf32_allowed
 from kron_hf.targets import find_targets
 
 __all__ = ["ModelLayer", "model_layers"]
@@ -42,7 +42,8 @@ class ModelLayer:
         (block_out, block_in), rank = self.block_size, self.rank
         blocks = (self.out_features // block_out, self.in_features // block_in)
         threads = torch.get_num_threads() if device_type == "cpu" else 1
-        return Shape(device_type, dtype, tokens, *blocks, block_out, block_in, rank, threads)
+        tf32 = device_type == "cuda" and tf32_allowed(dtype)
+        return Shape(device_type, dtype, tokens, *blocks, block_out, block_in, rank, threads, tf32)
 
     def __str__(self) -> str:
         first, more = plain(self.names[0]), ", ..." if len(self.names) > 1 else ""

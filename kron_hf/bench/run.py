@@ -15,9 +15,7 @@ from kron_hf.escaping import plain
 
 __all__ = ["BenchOptions", "run_bench"]
 
-NOT_MEASURED = (
-    "On other devices than CPUs nothing has been measured: these are multiply-adds, which say little of time.\n"
-)
+NOT_MEASURED = "Nothing was measured on devices other than CPUs: this is arithmetic for one of the H200's class.\n"
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,21 @@ def _print_choices(name: str, layers: list[ModelLayer], options: BenchOptions, w
         content = {"predicted_ratio": total, "training": training, "layers": [asdict(choice) for choice in choices]}
         write(json.dumps(_about(name, options) | content, indent=2))
         return
-    what, measured = "forward and backward" if training else "forward", "predicted time" if kind == "cpu" else "work"
-    write(f"{plain(name)}: {kind}, {options.dtype}, {options.tokens} tokens, {what}; {measured} over nn.Linear\n")
+    what = "forward and backward" if training else "forward"
+    write(f"{plain(name)}: {kind}, {options.dtype}, {options.tokens} tokens, {what}; predicted time over nn.Linear\n")
     if kind != "cpu":
         write(NOT_MEASURED)
     for choice in choices:
         write(f"{choice}\n")
-    write(_verdict(measured, total, choices))
+    write(_verdict(total, choices))
 
 
-def _verdict(what: str, ratio: float, choices: list[Choice]) -> str:
+def _verdict(ratio: float, choices: list[Choice]) -> str:
     slow = sum(len(choice.layer.names) for choice in choices if choice.reason is not None)
     count = sum(len(choice.layer.names) for choice in choices)
     outlook = "" if ratio < SPEED_UP else "; no speed-up expected for this model"
     few = f"; no speed-up expected in {slow} of {count}" if slow and not outlook else ""
-    return f"All {count} layers together: {what} {ratio:.2f} of {choices[0].of_what}{outlook}{few}"
+    return f"All {count} layers together: predicted time {ratio:.2f} of {choices[0].of_what}{outlook}{few}"
 
 
 def _measure(name: str, layers: list[ModelLayer], options: BenchOptions, write: Callable[[str], None]) -> None:

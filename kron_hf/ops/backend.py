@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 
 from kron_hf.ops import cost
-from kron_hf.ops.cost import Factored, Shape
+from kron_hf.ops.ways import Factored, Shape
 
 __all__ = [
     "BACKENDS",

@@ -2,27 +2,28 @@
 
 Costs are in multiply-adds of a large dense product, a token. On CPUs they are fitted to measurements (`cpu_costs`): a
 factored product costs its own multiply-adds at a lower rate, and something for each call and for every float of input,
-output and what lies between the two products, which stands for the traffic.
+output and what lies between the two products, which stands for the traffic. On other devices, where nothing has been
+measured, they are arithmetic (`accelerator_costs`).
 `python -m examples.benchmarks.run paths` shows how well the choices hold on a given machine.
 """
 
 from functools import lru_cache
 from itertools import product
 from math import log2
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from kron_hf.ops import accelerator_costs
 from kron_hf.ops.cpu_costs import CpuCosts, Rates, cpu_costs
 from kron_hf.ops.gemm import onednn_serves
+from kron_hf.ops.ways import Factored, Shape, between, multiply_adds
 
 __all__ = [
     "Dropped",
-    "Factored",
-    "Shape",
     "backward_cost",
     "backward_path",
+    "candidates",
     "dense_cost",
     "factored_paths",
     "forward_cost",
@@ -31,72 +32,21 @@ __all__ = [
     "worth_dropping",
 ]
 
-
-class Shape(NamedTuple):
-    """All that decides the way: so it is the same in every process with as many threads, whatever the values are."""
-
-    device_type: str
-    dtype: torch.dtype
-    tokens: int
-    out_blocks: int
-    in_blocks: int
-    block_out: int
-    block_in: int
-    rank: int
-    threads: int = 1
-
-    @classmethod
-    def of(cls, tokens: int, m: Tensor, b: Tensor) -> "Shape":
-        """That of a product of so many tokens with factors m `[rank, O, I]` and b `[rank, bo, bi]`."""
-        (rank, out_blocks, in_blocks), (_, block_out, block_in) = m.shape, b.shape
-        kind = b.device.type
-        threads = torch.get_num_threads() if kind == "cpu" else 1
-        return cls(kind, b.dtype, tokens, out_blocks, in_blocks, block_out, block_in, rank, threads)
-
-    @property
-    def out_features(self) -> int:
-        """`O * bo`."""
-        return self.out_blocks * self.block_out
-
-    @property
-    def in_features(self) -> int:
-        """`I * bi`."""
-        return self.in_blocks * self.block_in
-
-    @property
-    def transposed(self) -> "Shape":
-        """The shape of the layer with weight `W^T`, which turns the gradient of y into that of x."""
-        return self._replace(
-            out_blocks=self.in_blocks, in_blocks=self.out_blocks, block_out=self.block_in, block_in=self.block_out
-        )
-
-
-class Factored(NamedTuple):
-    """Compute from the factors, a chunk of tokens at a time.
-
-    Attributes:
-        layout: How Z lies in memory, see `layouts`.
-        order: Whether the block factors B_i or M_i = S * A_i come first.
-        chunk: Tokens in a chunk, forward.
-        backward_chunk: The same, backward.
-    """
-
-    layout: Literal["token_major", "token_last"]
-    order: Literal["b_first", "m_first"]
-    chunk: int
-    backward_chunk: int
-
-
 _CALLS = {"token_major": (3, 9), "token_last": (4, 9)}  # a chunk, forward and backward
 _MARGIN = 0.95  # what the factors must promise before W is not built: they lose more when other work runs beside
+_ACCELERATOR_MARGIN = 0.8  # the same, where nothing has been measured
 _DROPPING_MARGIN = 0.85  # the same, of living blocks alone
 _TOKEN_MAJOR_MIN_BLOCK = 16  # one product a token is slow below: measured up to 5 times the dense product at 8
 # Floats that a chunk works on, forward and backward: larger chunks make fewer calls, until what they work on leaves the
-# cache. Half as many token-major lower the peak of a single layer's step (from 1.14 to .97 of dense's at 768 features,
-# rank 2, 4,096 tokens; from 1.63 to 1.04 at 384), and take a tenth to a sixth more time in whole models, whose peak
-# stays. Token-last chunks are larger forward, where nothing else is held, than backward, where the peak is.
+# cache. Half as many token-major lower the peak of a single layer's step, and take a tenth to a sixth more time in
+# whole models, whose peak stays. Token-last chunks are larger forward, where nothing else is held, than backward, where
+# the peak is.
 _CHUNK_FLOATS = {"token_major": (2**22, 2**22), "token_last": (2**22, 2**21)}
 _MAX_CHUNK = {"token_major": 2048, "token_last": 1024}
+# Bytes that are held for a chunk: what stays in an L2 cache, or less than what a dense layer has and a Kronecker layer
+# has not, its weight with the gradient and the state of AdamW: four times W.
+_ACCELERATOR_CHUNK = 14 * 2**20
+_ACCELERATOR_CHUNK_WEIGHTS = 3.5
 # Tokens that are left out of a chunk, lest rows of Z and V, tokens last, lie in the same few lines of the cache.
 _CHUNK_LESS = {"token_major": 0, "token_last": 16}
 
@@ -111,34 +61,32 @@ class Dropped(NamedTuple):
 @lru_cache(maxsize=4096)
 def forward_path(shape: Shape) -> Factored | None:
     """The cheapest way to `x W^T`; None is to build W."""
-    path = min(_candidates(shape), key=lambda path: forward_cost(shape, path))
-    if shape.device_type != "cpu":
-        return path if forward_cost(shape, path) <= dense_cost(shape) / 4 else None
-    return path if forward_cost(shape, path) < _MARGIN * forward_cost(shape, None) else None
+    path = min(candidates(shape), key=lambda path: forward_cost(shape, path))
+    return path if forward_cost(shape, path) < _margin(shape) * forward_cost(shape, None) else None
 
 
 @lru_cache(maxsize=4096)
 def backward_path(shape: Shape) -> Factored | None:
     """The cheapest way to all gradients together; None is `grad^T x`, and the gradient of x by itself."""
-    path = min(_candidates(shape), key=lambda path: backward_cost(shape, path))
-    if shape.device_type != "cpu":
-        return path if _multiply_adds(shape, path)[0] <= dense_cost(shape) / 4 else None
+    path = min(candidates(shape), key=lambda path: backward_cost(shape, path))
     built = backward_cost(shape, None, forward_path(shape.transposed))
-    return path if backward_cost(shape, path) < _MARGIN * built else None
+    return path if backward_cost(shape, path) < _margin(shape) * built else None
 
 
 def dense_cost(shape: Shape) -> float:
-    """What `nn.Linear` costs; on other devices than CPUs multiply-adds alone."""
+    """What `nn.Linear` costs."""
+    if shape.device_type != "cpu":
+        return accelerator_costs.dense_cost(shape)
     return shape.in_features * shape.out_features + _once(shape, _costs(shape).read)
 
 
 def forward_cost(shape: Shape, path: Factored | None) -> float:
-    """What a way to `x W^T` costs; `nn.Linear` costs `dense_cost`. On other devices than CPUs multiply-adds alone."""
+    """What a way to `x W^T` costs; `nn.Linear` costs `dense_cost`."""
+    if shape.device_type != "cpu":
+        return accelerator_costs.forward_cost(shape, path)
     if path is None:
         return _weight_cost(shape) + _once(shape, _costs(shape).build, _product(shape, 3))
-    products, _ = _multiply_adds(shape, path)
-    if shape.device_type != "cpu":
-        return products
+    products, _ = multiply_adds(shape, path)
     rates, floats = _rates(shape, path), _floats(shape, path)
     calls = _CALLS[path.layout][0] * _chunks(shape, path.chunk)
     return rates.forward * products + rates.forward_float * floats + _once(shape, extra=_product(shape, calls))
@@ -149,12 +97,12 @@ def backward_cost(shape: Shape, path: Factored | None, input_path: Factored | No
 
     Where path is None, `input_path` is the way to the gradient of x, a product with W^T.
     """
+    if shape.device_type != "cpu":
+        return accelerator_costs.backward_cost(shape, path, input_path)
     if path is None:
         reduced = _once(shape, _costs(shape).weight_gradient, _costs(shape).calls(4, shape.threads))
         return dense_cost(shape) + reduced + forward_cost(shape.transposed, input_path)
-    _, products = _multiply_adds(shape, path)
-    if shape.device_type != "cpu":
-        return products
+    _, products = multiply_adds(shape, path)
     rates, floats = _rates(shape, path), _floats(shape, path)
     calls = _CALLS[path.layout][1] * _chunks(shape, path.backward_chunk)
     return rates.backward * products + rates.backward_float * floats + _once(shape, extra=_product(shape, calls))
@@ -197,22 +145,28 @@ def factored_paths(shape: Shape) -> list[Factored]:
     return [Factored(layout, order, *_chunk_sizes(shape, layout, order)) for layout, order in orders]
 
 
-def _candidates(shape: Shape) -> list[Factored]:
+def candidates(shape: Shape) -> list[Factored]:
+    """Those that are worth a look."""
+    paths = factored_paths(shape)
     if shape.device_type != "cpu":  # not measured: large products rather than one a token
-        return [path for path in factored_paths(shape) if path.layout == "token_last"]
+        return [path for path in paths if path.layout == "token_last"]
     inner = {"b_first": shape.block_out, "m_first": shape.block_in}
-    return [
-        path
-        for path in factored_paths(shape)
-        if path.layout == "token_last" or inner[path.order] >= _TOKEN_MAJOR_MIN_BLOCK
-    ]
+    return [path for path in paths if path.layout == "token_last" or inner[path.order] >= _TOKEN_MAJOR_MIN_BLOCK]
+
+
+def _margin(shape: Shape) -> float:
+    return _MARGIN if shape.device_type == "cpu" else _ACCELERATOR_MARGIN
 
 
 def _chunk_sizes(shape: Shape, layout: str, order: str) -> tuple[int, int]:
-    """Tokens a chunk, forward and backward: a power of two, or a little less."""
-    if shape.device_type != "cpu":  # few launches
-        return 8192, 8192
-    floats = 2 * _between(shape, order) + 1.5 * (shape.in_features + shape.out_features)
+    """Tokens a chunk, forward and backward: on CPUs a power of two, or a little less."""
+    if shape.device_type != "cpu":
+        held = between(shape, order) + shape.in_features + shape.out_features
+        weights = _ACCELERATOR_CHUNK_WEIGHTS * shape.in_features * shape.out_features
+        most = max(_ACCELERATOR_CHUNK / shape.dtype.itemsize, weights)
+        size = 64 * max(1, int(most / (64 * held)))
+        return size, size
+    floats = 2 * between(shape, order) + 1.5 * (shape.in_features + shape.out_features)
     forward, backward = (2 ** max(4, round(log2(number / floats))) for number in _CHUNK_FLOATS[layout])
     return _fitting(layout, forward), _fitting(layout, backward)
 
@@ -222,23 +176,9 @@ def _fitting(layout: str, size: int) -> int:
     return size - _CHUNK_LESS[layout] if size >= 256 else size
 
 
-def _between(shape: Shape, order: str) -> int:
-    """Floats between the two products, a token."""
-    return shape.rank * (shape.in_blocks * shape.block_out if order == "b_first" else shape.out_blocks * shape.block_in)
-
-
 def _floats(shape: Shape, path: Factored) -> int:
     """Floats that stand for the traffic, a token: of input, output and what lies between the two products."""
-    return shape.in_features + shape.out_features + _between(shape, path.order)
-
-
-def _multiply_adds(shape: Shape, path: Factored) -> tuple[int, int]:
-    """Of the forward and of the backward, a token: backward computes the first product again."""
-    if path.order == "b_first":
-        first, second = shape.in_features * shape.block_out, shape.in_blocks * shape.out_features
-    else:
-        first, second = shape.out_blocks * shape.in_features, shape.out_features * shape.block_in
-    return shape.rank * (first + second), shape.rank * (3 * first + 2 * second)
+    return shape.in_features + shape.out_features + between(shape, path.order)
 
 
 def _weight_cost(shape: Shape) -> float:
@@ -263,8 +203,6 @@ def _product(shape: Shape, calls: float) -> float:
 
 def _once(shape: Shape, per_entry: float = 0, extra: float = 0) -> float:
     """What is done once for all tokens, with each entry of W and in addition: a token's share of it."""
-    if shape.device_type != "cpu":
-        return 0
     return (per_entry * shape.in_features * shape.out_features + extra) / max(1, shape.tokens)
 
 

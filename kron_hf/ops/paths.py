@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kron_hf.ops import fused
 from kron_hf.ops.backend import backward_path, forward_path, fused_first
-from kron_hf.ops.cost import Factored, Shape
 from kron_hf.ops.dense_weight import build_weight, factor_gradients
 from kron_hf.ops.gemm import linear
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
+from kron_hf.ops.ways import Factored, Shape
 
 __all__ = ["autocast_enabled", "backward", "forward"]
 

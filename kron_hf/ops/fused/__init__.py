@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kron_hf.ops.cost import Shape
+from kron_hf.ops.ways import Shape
 
 __all__ = ["gradients", "product", "supports"]
 

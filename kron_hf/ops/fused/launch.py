@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kron_hf.ops.cost import Shape
 from kron_hf.ops.fused.kernels import grad_m_kernel, product_kernel, transposed_product_kernel
 from kron_hf.ops.fused.tiles import Tiles, grad_m_tiles, product_tiles, transposed_product_tiles
+from kron_hf.ops.ways import Shape, tf32_allowed
 
 __all__ = ["Launch", "gradients", "gradients_launches", "product", "product_launch"]
 
@@ -116,7 +116,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], shape
         "TILE_OUT": tiles.out,
         "TILE_IN": tiles.in_,
         "TILE_RANK": tiles.rank,
-        "PRECISION": _precision(shape.dtype),
+        "PRECISION": "tf32" if tf32_allowed(shape.dtype) else "ieee",
     }
     return Launch(kernel, grid, arguments | constants, tiles.warps, tiles.stages)
 
@@ -137,12 +137,6 @@ def _m_strides(m: Tensor) -> dict[str, int]:
 
 def _b_strides(b: Tensor) -> dict[str, int]:
     return dict(zip(("b_rank_stride", "b_out_stride", "b_in_stride"), b.stride(), strict=True))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch's own products may use it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
 
 
 def _device(x: Tensor) -> Any:

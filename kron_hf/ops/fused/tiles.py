@@ -5,7 +5,7 @@ They keep the float32 tiles of a program in its registers: tests compile them fo
 
 from typing import NamedTuple
 
-from kron_hf.ops.cost import Shape
+from kron_hf.ops.ways import Shape
 
 __all__ = ["Tiles", "grad_m_tiles", "product_tiles", "transposed_product_tiles"]
 
