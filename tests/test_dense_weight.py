@@ -14,6 +14,9 @@ SIZES = [
     ((1, 192), (192, 1), 1),
     ((24, 24), (8, 8), 9),
     ((48, 48), (8, 8), 2),
+    ((9, 130), (2, 8), 2),  # blocks of few entries, whose table has a row for each of them
+    ((130, 9), (16, 1), 3),
+    ((97, 193), (2, 2), 4),
 ]
 
 
@@ -52,7 +55,7 @@ def test_w_and_gradients_are_those_of_the_formula(threads, grid, block, rank, dt
 def test_few_entries_are_left_to_one_thread(threads):
     def one_thread(grid, block, rank, dtype=torch.float32, device="cpu"):
         m, b = (each.to(device).flatten(1) for each in _factors(grid, block, rank, dtype))
-        return dense_weight._one_thread(m, b)
+        return dense_weight._alone(m, b)
 
     assert one_thread((48, 48), (4, 4), 8) == (threads > 1)
     assert not one_thread((48, 48), (4, 4), 9)

@@ -19,13 +19,15 @@ from torch import Tensor
 
 __all__ = ["Layout", "TokenLast", "TokenMajor"]
 
+_COPIED = 2**20  # floats of g and Z that a token-major `grad_m` copies at once: fewer take longer, more are not faster
+
 
 class Layout(ABC):
     """The products above for factors m `[rank, O, I]` and b `[rank, bo, bi]`.
 
-    Z and V are opaque to the caller and share one buffer: `expand` and `pull` overwrite what either returned before.
-    Buffers live as long as the layout, since pages that the system hands out anew for each chunk cost more than the
-    products.
+    Z and V are opaque to the caller and share one buffer: `expand` and `pull` overwrite what either returned before,
+    and `finish` the g that was prepared. Buffers live as long as the layout, since pages that the system hands out anew
+    for each chunk cost more than the products.
     """
 
     def __init__(self, m: Tensor, b: Tensor) -> None:
@@ -81,9 +83,9 @@ class Layout(ABC):
         return total.view(-1, self.rank, self.block_out, self.block_in).sum(0)
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory, the same for each chunk; the first chunk is the largest."""
+        """Uninitialised memory, the same for each chunk."""
         kept = self._buffers.get(name)
-        if kept is None:
+        if kept is None or kept.numel() < prod(shape):
             kept = self._buffers[name] = self.m.new_empty(shape)
         return kept if kept.shape == shape else kept.flatten()[: prod(shape)].view(shape)
 
@@ -116,10 +118,17 @@ class TokenMajor(Layout):
         return self.b.new_zeros(self.b.shape, dtype=dtype)
 
     def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:  # noqa: D102
-        left = self._buffer("left", self.out_blocks, len(g), self.block_out)
-        left.copy_(g.view(-1, self.out_blocks, self.block_out).transpose(0, 1))
-        right = self._buffer("right", z.shape[1], len(g), self.block_out).copy_(z.transpose(0, 1))
-        _add_product(total, left.flatten(1), right.flatten(1).T)
+        copied = self.out_blocks * self.block_out + z.shape[1] * self.block_out  # floats a token
+        parts = -(-len(g) * copied // _COPIED)
+        size = -(-len(g) // parts)
+        for g_part, z_part in zip(g.view(-1, self.out_blocks, self.block_out).split(size), z.split(size), strict=True):
+            left, right = self._blocks_first("left", g_part), self._blocks_first("right", z_part)
+            _add_product(total, left, right.T)
+
+    def _blocks_first(self, name: str, parts: Tensor) -> Tensor:
+        """Parts `[n, blocks, entries]` as `[blocks, n * entries]`."""
+        n, blocks, entries = parts.shape
+        return self._buffer(name, blocks, n, entries).copy_(parts.transpose(0, 1)).flatten(1)
 
     def grad_b(self, v: Tensor, x: Tensor, total: Tensor) -> None:  # noqa: D102
         _add_product(total, v.view(-1, self.rank * self.block_out).T, x.view(-1, self.block_in))
@@ -154,7 +163,7 @@ class TokenLast(Layout):
         return torch.mm(self.m.T, g, out=v).view(self.in_blocks, self.rank * self.block_out, tokens)
 
     def finish(self, v: Tensor, bias: Tensor | None, out: Tensor) -> None:  # noqa: D102
-        x = self._buffer("out", self.in_blocks, self.block_in, len(out))
+        x = self._buffer("columns", self.in_blocks, self.block_in, len(out))
         torch.bmm(self.b.T.expand(self.in_blocks, -1, -1), v, out=x)
         _write_transposed(x, bias, out)
 
