@@ -10,11 +10,12 @@ __all__ = ["REQUIRED", "check_versions"]
 # The same as in pyproject.toml. Lower bounds are run by `python tests/matrix.py`. What sets them: transformers 5.18
 # brought the hook that sees a config before its model is built, and DINOv2's module names of today; peft 0.21 the one
 # through which a tuner maps stored names; huggingface_hub before 2.2 sends the token along, and finds no file, where a
-# download is redirected to another port of the same host; accelerate and safetensors are the lowest that were run.
+# download is redirected to another port of the same host; torch, accelerate and safetensors are the lowest that were
+# run.
 # Upper bounds are the next major versions, where private parts that this package touches may go; what is newer than
 # any that has been run, but below them, is let in.
 REQUIRED = {
-    "torch": ">=2.13,<3",
+    "torch": ">=2.11,<3",
     "transformers": ">=5.18,<6",
     "peft": ">=0.21,<1",
     "accelerate": ">=1.12,<2",

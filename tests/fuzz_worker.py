@@ -27,7 +27,7 @@ from fuzz_checkpoints import mutate
 Door = Callable[[Path, int], tuple[str, str | None]]
 
 SECONDS = 15  # of processor time
-MEMORY = 2_500_000_000  # bytes of address space; importing torch and transformers takes half of it
+MEMORY = 1_250_000_000  # bytes of address space beyond what importing torch and transformers has taken
 
 
 class Hang(BaseException):
@@ -36,6 +36,11 @@ class Hang(BaseException):
 
 def alarm(signum: int, frame: FrameType | None) -> None:
     raise Hang
+
+
+def address_space() -> int:
+    """Bytes that this process has taken; builds of torch for CUDA take more than those for the CPU."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def dense_model() -> Any:
@@ -278,7 +283,8 @@ def fuzz(what: str, first: int, count: int) -> None:
         adapter = saved_adapter(Path(scratch, "adapter"))
         (Path(scratch) / "outside.safetensors").write_bytes(whole["model.safetensors"])
         dense_model()
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        limit = address_space() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for seed in range(first, first + count):
             mutation = mutate_adapter(seed, adapter) if what == "adapter" else mutate(seed, whole, sharded)
             print(json.dumps(run(mutation, seed, Path(scratch, "input"))), flush=True)  # noqa: T201

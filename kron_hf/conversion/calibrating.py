@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
+from torch.amp.autocast_mode import is_autocast_available
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -75,7 +76,7 @@ def calibrate(model: nn.Module, config: KronConfig, calibration_data: Any) -> Ca
 def _by_itself(model: nn.Module) -> Iterator[None]:
     """Without the inference mode and the autocast of the caller: layers are made that can be trained."""
     kind = next(model.parameters(), torch.empty(0)).device.type
-    autocast = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    autocast = torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
     with torch.inference_mode(False), autocast:
         yield
 
