@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["Layout", "TokenLast", "TokenMajor"]
 
-_COPIED = 2**20  # floats of g and Z that a token-major `grad_m` copies at once: fewer take longer, more are not faster
+_COPIED = 2**22  # bytes of g and Z that a token-major `grad_m` copies at once: fewer take longer, more are not faster
 
 
 class Layout(ABC):
@@ -118,7 +118,7 @@ class TokenMajor(Layout):
         return self.b.new_zeros(self.b.shape, dtype=dtype)
 
     def grad_m(self, g: Tensor, z: Tensor, total: Tensor) -> None:  # noqa: D102
-        copied = self.out_blocks * self.block_out + z.shape[1] * self.block_out  # floats a token
+        copied = (self.out_blocks + z.shape[1]) * self.block_out * z.element_size()  # a token
         parts = -(-len(g) * copied // _COPIED)
         size = -(-len(g) // parts)
         for g_part, z_part in zip(g.view(-1, self.out_blocks, self.block_out).split(size), z.split(size), strict=True):
