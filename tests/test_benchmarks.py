@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from examples.benchmarks import calibrate, libraries, measuring, report, run
+from examples.benchmarks import calibrate, libraries, measuring, report, run, shared_input
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
@@ -393,6 +393,17 @@ def test_libraries_are_compared_and_the_times_stored(tmp_path, monkeypatch, caps
     assert min(row["torch_ms"], row["onednn_ms"]) > 0
     assert f"5 tokens,    3 to    2 features:   {row['torch_ms']:.3f} ms, oneDNN" in capsys.readouterr().out
     assert stored["machine"]["torch"] == torch.__version__
+
+
+def test_what_q_k_and_v_could_share_is_printed_and_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shared_input, "LAYERS", (shared_input.Layers(5, 6, 2, 1),))
+    shared_input.main(["--repeats", "3", "--json", str(tmp_path / "shared.json")])
+    (row,) = json.loads((tmp_path / "shared.json").read_text())["measured"]
+    times = {name: row[f"{name}_ms"] for name in ("step", "apart", "together", "adding")}
+    assert min(times.values()) > 0
+    assert row["share"] == shared_input.share(times)
+    assert "3 x 6 features, 5 tokens, blocks of 2, rank 1: " in capsys.readouterr().out
+    assert shared_input.share({"step": 10.0, "apart": 3.0, "together": 2.0, "adding": 1.0}) == pytest.approx(0.3)
 
 
 def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):
