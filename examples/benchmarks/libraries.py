@@ -8,18 +8,16 @@ Both run in turn, and medians are compared. Float32; W is that of a layer and it
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin disturb what is measured
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from examples.benchmarks.alternating import medians
 from kron_hf.bench.machine import machine
 from kron_hf.ops.gemm import onednn_linear
 
@@ -44,15 +42,7 @@ PRODUCTS = (
 def measure(product: Operands, repeats: int) -> dict[str, float]:
     """Milliseconds by each library."""
     x, weight = (torch.randn(size, product.in_features) for size in (product.tokens, product.out_features))
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear, "onednn": onednn_linear}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(-2, repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(x, weight)
-            if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(own) for name, own in times.items()}
+    return medians({"torch": lambda: F.linear(x, weight), "onednn": lambda: onednn_linear(x, weight)}, repeats)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

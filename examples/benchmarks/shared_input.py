@@ -10,17 +10,16 @@ forms. All run in turn, and medians are compared. Float32.
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting threads that spin disturb what is measured
 
 import torch
-from torch import Tensor
 
+from examples.benchmarks.alternating import medians
 from kron_hf.bench.machine import machine
 from kron_hf.ops import kron_linear
 
@@ -68,29 +67,12 @@ def measure(layers: Layers, repeats: int) -> dict[str, float]:
         for factor, out in zip(factors, apart, strict=True):
             torch.mm(rows, factor.T, out=out)
 
-    ways: dict[str, Callable[[], object]] = {
-        "step": step,
-        "apart": multiply_apart,
-        "together": lambda: torch.mm(rows, joined.T, out=together),
-        "adding": lambda: _add(total, gradient),
-    }
-    return {name: median(own) for name, own in _alternate(ways, repeats).items()}
+    def add() -> None:
+        for _ in range(SETS - 1):
+            total.add_(gradient)
 
-
-def _add(total: Tensor, gradient: Tensor) -> None:
-    for _ in range(SETS - 1):
-        total += gradient
-
-
-def _alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(-2, repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+    multiply_together = partial(torch.mm, rows, joined.T, out=together)
+    return medians({"step": step, "apart": multiply_apart, "together": multiply_together, "adding": add}, repeats)
 
 
 def share(times: dict[str, float]) -> float:
