@@ -68,7 +68,9 @@ def _alone(rows: Tensor, columns: Tensor) -> bool:
 
 
 def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy, in parts where it is small."""
+    """In one piece of memory: a copy where it is not, made in parts where it is small."""
+    if tensor.is_contiguous() and tensor.dtype == dtype:
+        return tensor
     copy = tensor.new_empty(tensor.shape, dtype=dtype)
     if tensor.device.type != "cpu" or not _PART < tensor.numel() <= _ALONE:
         return copy.copy_(tensor)
