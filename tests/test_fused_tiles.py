@@ -1,15 +1,21 @@
 """The search for tile sizes, without a device: what it tries, and what it makes of times."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from test_ops_triton import needs_interpreter
 
 from examples.benchmarks import fused_tiles
 from examples.benchmarks.fused_tiles import SHAPES, TABLES, best_limits, candidates, launch_of, measure, report
 from kron_hf.ops.fused import tiles
 
+ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 FEW = ((64, 4, 3), (64, 8, 2))  # step, warps, stages
 SOME = [each for each in candidates("bfloat16", 256) if each.shape in SHAPES[:2] and each.limits[3:] in FEW]
@@ -54,17 +60,46 @@ def test_limits_are_compared_over_all_shapes():
     def candidate(limits, shape):
         return fused_tiles.Candidate(kernel, limits, shape, "bfloat16", 256)
 
-    times = {candidate(present, one): 2.0, candidate(present, other): 4.0}
-    times |= {candidate(faster, one): 1.0, candidate(faster, other): 4.0, candidate(broken, one): 0.1}
+    times = {candidate(faster, one): 1.0, candidate(faster, other): 4.0, candidate(broken, one): 0.1}
+    assert best_limits(times, kernel) == []  # the present ones failed
+    times |= {candidate(present, one): 2.0, candidate(present, other): 4.0}
     assert best_limits(times, kernel) == [(pytest.approx(0.5**0.5), faster), (1.0, present)]
     assert best_limits(times, "product") == []
+
+
+INTERPRETED = """
+import sys
+from examples.benchmarks.fused_tiles import TABLES, Candidate, check, expected_results, launch_of
+
+for kernel in TABLES:
+    candidate = Candidate(kernel, (4096, 64, 4, 32, 4, 1), (3, 2, 16, 16, 2), "float32", 21)
+    made = launch_of(candidate, "cpu")
+    expected = expected_results(candidate, made)
+    check(candidate, made, expected)
+    for name, value in expected.items():
+        try:
+            check(candidate, made, {name: value + value.abs().max()})
+        except ValueError as error:
+            print(kernel, error)
+"""
+
+
+@needs_interpreter
+def test_what_each_kernel_computes_is_compared_with_the_dense_formula():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split(": relative error")[0] for line in done.stdout.splitlines()]
+    assert set(found) == {"product v_ptr", "transposed partial_ptr", "transposed grad_x_ptr", "grad_m partial_ptr"}
 
 
 def test_what_fails_is_counted_and_the_rest_is_reported(threads, monkeypatch):
     def compiled(candidate):
         return "CompilationError: too large" if candidate.kernel == "grad_m" else None
 
-    def timed(candidate, expected):
+    def timed(candidate):
         if candidate.kernel == "transposed" and candidate.limits[4] == 4:
             raise ValueError("relative error 3.0e-01")
         return 1.0 if candidate.limits[4] == 8 else 2.0
@@ -84,7 +119,7 @@ def test_what_fails_is_counted_and_the_rest_is_reported(threads, monkeypatch):
 
 def test_it_ends_in_time(threads, monkeypatch):
     monkeypatch.setattr(fused_tiles, "compiled", lambda candidate: None)
-    monkeypatch.setattr(fused_tiles, "timed", lambda *_: pytest.fail("no time is left"))
+    monkeypatch.setattr(fused_tiles, "timed", lambda _: pytest.fail("no time is left"))
     assert measure(SOME, -1, 1) == ({}, {"no time left": 1})
 
 

@@ -3,8 +3,8 @@
     python -m examples.benchmarks.fused_tiles [--dtype bfloat16] [--tokens 16384] [--minutes 8] [--json FILE]
 
 What is printed is what `kron_hf/ops/fused/tiles.py` would say: limits hold for all shapes, so they are compared by the
-geometric mean over the shapes of their time over that of the limits that stand there. The results of each are compared
-with those of the present limits first. What the time does not suffice for is left out, and the output says so.
+geometric mean over the shapes of their time over that of the limits that stand there. What each computes is compared
+with the dense formula in float32 first. What the time does not suffice for is left out, and the output says so.
 """
 
 import argparse
@@ -23,13 +23,15 @@ from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kron_hf.bench.machine import machine
+from kron_hf.ops.dense_weight import build_weight, factor_gradients
 from kron_hf.ops.fused import tiles
 
-__all__ = ["Candidate", "best_limits", "candidates", "launch_of", "main", "timed"]
+__all__ = ["Candidate", "best_limits", "candidates", "check", "expected_results", "launch_of", "main", "timed"]
 
 TABLES = {"product": "_PRODUCT", "transposed": "_TRANSPOSED", "grad_m": "_GRAD_M"}
 # (O, I, bo, bi, rank): of the bars, and of ViT-B/16
@@ -53,12 +55,11 @@ class Candidate(NamedTuple):
 
 def candidates(dtype: str, tokens: int) -> list[Candidate]:
     """All of them; for each kernel and shape the present limits first."""
-    size = getattr(torch, dtype).itemsize
     found = []
-    for kernel, table in TABLES.items():
-        present = getattr(tiles, table)[size]
-        others = product(ENTRIES, COLUMNS, (present.rank,), STEPS, WARPS, STAGES)
-        for limits in dict.fromkeys([tuple(present), *others]):
+    for kernel in TABLES:
+        present = _present(kernel, dtype)
+        others = product(ENTRIES, COLUMNS, (present[2],), STEPS, WARPS, STAGES)
+        for limits in dict.fromkeys([present, *others]):
             found += [Candidate(kernel, limits, shape, dtype, tokens) for shape in SHAPES]
     return found
 
@@ -101,17 +102,41 @@ def compiled(candidate: Candidate) -> str | None:
     return None
 
 
-def results(made: Any) -> list[Tensor]:
-    """What a launch wrote, partial sums added up."""
-    return [
-        value.sum(0) if name == "partial_ptr" else value
-        for name, value in made.arguments.items()
-        if name in ("v_ptr", "grad_x_ptr", "partial_ptr")
-    ]
+def expected_results(candidate: Candidate, made: Any) -> dict[str, Tensor]:
+    """What its launch has to write, by the name of the argument, partial sums added up: in float32, by the dense W."""
+    wide = {name: value.float() for name, value in made.arguments.items() if isinstance(value, Tensor)}
+    if candidate.kernel == "product":
+        return {"v_ptr": F.linear(wide["u_ptr"], build_weight(wide["m_ptr"], wide["b_ptr"]), wide["bias_ptr"])}
+    out_blocks, in_blocks, _, _, rank = candidate.shape
+    grad_w = wide["g_ptr"].T @ wide["x_ptr"]
+    if candidate.kernel == "grad_m":
+        m = grad_w.new_empty(rank, out_blocks, in_blocks)  # dM does not depend on it
+        return {"partial_ptr": factor_gradients(grad_w, m, wide["b_ptr"])[0]}
+    m, b = wide["m_ptr"], wide["b_ptr"]
+    expected = {"partial_ptr": factor_gradients(grad_w, m, b)[1]}
+    if made.arguments["WRITE_GRAD_X"]:
+        expected["grad_x_ptr"] = wide["g_ptr"] @ build_weight(m, b)
+    return expected
 
 
-def timed(candidate: Candidate, expected: list[Tensor]) -> float:
-    """Median milliseconds; `expected` is filled by the first of a kernel and shape.
+def check(candidate: Candidate, made: Any, expected: dict[str, Tensor]) -> None:
+    """Runs a launch and compares.
+
+    Raises:
+        ValueError: It computes something else.
+    """
+    for name in expected:
+        made.arguments[name].fill_(float("nan"))  # what is not written must not pass
+    made.run()
+    for name, value in expected.items():
+        found = made.arguments[name].sum(0) if name == "partial_ptr" else made.arguments[name]
+        error = ((found - value).abs().max() / value.abs().max()).item()
+        if not error < TOLERANCE[getattr(torch, candidate.dtype)]:
+            raise ValueError(f"{name}: relative error {error:.1e}")
+
+
+def timed(candidate: Candidate) -> float:
+    """Median milliseconds.
 
     Raises:
         ValueError: It computes something else.
@@ -119,26 +144,27 @@ def timed(candidate: Candidate, expected: list[Tensor]) -> float:
     from triton.testing import do_bench
 
     made = launch_of(candidate, "cuda")
-    made.run()
-    found = results(made)
-    expected.extend(() if expected else (value.clone() for value in found))
-    tolerance = TOLERANCE[getattr(torch, candidate.dtype)]
-    for one, other in zip(found, expected, strict=True):
-        error = ((one - other).abs().max() / other.abs().max()).item()
-        if not error < tolerance:
-            raise ValueError(f"relative error {error:.1e}")
+    check(candidate, made, expected_results(candidate, made))
     return cast(float, do_bench(made.run, warmup=5, rep=20, return_mode="median"))
 
 
+def _present(kernel: str, dtype: str) -> tuple[int, ...]:
+    return tuple(getattr(tiles, TABLES[kernel])[getattr(torch, dtype).itemsize])
+
+
 def best_limits(times: dict[Candidate, float], kernel: str) -> list[tuple[float, tuple[int, ...]]]:
-    """Geometric mean of the time over that of the present limits, and the limits, best first; whole ones alone."""
-    own = {candidate: milliseconds for candidate, milliseconds in times.items() if candidate.kernel == kernel}
+    """Geometric mean of the time over that of the present limits, and the limits, best first.
+
+    Those of which a shape is missing, of all that the present ones have, are left out.
+    """
     by_limits: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
-    for candidate, milliseconds in own.items():
-        by_limits.setdefault(candidate.limits, {})[candidate.shape] = milliseconds
-    if not by_limits:
+    present: dict[tuple[int, ...], float] = {}
+    for candidate, milliseconds in times.items():
+        if candidate.kernel == kernel:
+            by_limits.setdefault(candidate.limits, {})[candidate.shape] = milliseconds
+            present = by_limits.get(_present(kernel, candidate.dtype), {})
+    if not present:
         return []
-    present = next(iter(by_limits.values()))
     whole = {limits: found for limits, found in by_limits.items() if found.keys() == present.keys()}
     means = {
         limits: geometric_mean(found[shape] / present[shape] for shape in present) for limits, found in whole.items()
@@ -149,7 +175,6 @@ def best_limits(times: dict[Candidate, float], kernel: str) -> list[tuple[float,
 def measure(every: list[Candidate], seconds: float, workers: int) -> tuple[dict[Candidate, float], dict[str, int]]:
     """Times by candidate, and how many failed, by what went wrong."""
     end, times, failed = time.monotonic() + seconds, {}, {}
-    expected: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
 
     def fail(reason: str) -> None:
         failed[reason] = failed.get(reason, 0) + 1
@@ -165,7 +190,9 @@ def measure(every: list[Candidate], seconds: float, workers: int) -> tuple[dict[
                 fail(error)
                 continue
             try:
-                times[candidate] = timed(candidate, expected.setdefault((candidate.kernel, candidate.shape), []))
+                times[candidate] = timed(candidate)
+            except torch.AcceleratorError:
+                raise  # nothing runs after it
             except (RuntimeError, ValueError) as problem:
                 fail(f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
             except Exception as problem:  # Triton's OutOfResources derives from its own error
@@ -183,9 +210,12 @@ def report(times: dict[Candidate, float], failed: dict[str, int], write: Callabl
         for mean, limits in best_limits(times, kernel)[:6]:
             write(f"  {mean:.3f}  {limits}\n")
         for shape in SHAPES:
-            own = [(ms, each.limits) for each, ms in times.items() if (each.kernel, each.shape) == (kernel, shape)]
+            own = {each: ms for each, ms in times.items() if (each.kernel, each.shape) == (kernel, shape)}
             if own:
-                write(f"  {shape}: present {own[0][0]:.4f} ms, best {min(own)[0]:.4f} ms with {min(own)[1]}\n")
+                present = [ms for each, ms in own.items() if each.limits == _present(kernel, each.dtype)]
+                best = min(own, key=lambda each: own[each])
+                before = f"{present[0]:.4f} ms" if present else "failed"
+                write(f"  {shape}: present {before}, best {own[best]:.4f} ms with {best.limits}\n")
     write("".join(f"\n{count} x {reason}" for reason, count in failed.items()) + "\n")
 
 
