@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kron_hf.block_size import resolve_block_size
 from kron_hf.factors import balanced_std, kron_flops, kron_weight, nearest_kronecker
+from kron_hf.ops.autograd_state import transformed
 from kron_hf.ops.folded import Folded
 from kron_hf.sharding import gather, is_sharded, laid_out_as, local, shard_of
 
@@ -275,7 +276,11 @@ class KronLayer(nn.Module, ABC):
             return False
         if torch.compiler.is_exporting():  # with other tensors in the places of the parameters
             return self.folded.is_current()
+        if transformed():
+            return False
         if torch.is_grad_enabled():
+            if any(factor.requires_grad for factor in (self.s, self.a, self.b)):
+                self.folded = None  # they may be trained, and torch does not notice the steps of fused optimizers
             return False
         if not self.folded.is_of((self.s, self.a, self.b, self.dead_blocks)):
             self.folded = None

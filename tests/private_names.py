@@ -16,8 +16,10 @@ PACKAGE = Path(__file__).parent.parent / "kron_hf"
 # Private names: the one file that touches each.
 PRIVATE = {
     # torch
-    "_AutoDispatchBelowAutograd": "ops/operator.py",
-    "_C": "ops/operator.py",
+    "_AutoDispatchBelowAutograd": "ops/autograd_state.py",
+    "_C": "ops/autograd_state.py",
+    "_are_functorch_transforms_active": "ops/autograd_state.py",
+    "_current_level": "ops/autograd_state.py",
     "_linear_pointwise": "ops/gemm.py",
     "_parameters": "peft_tuner/stored.py",
     "_schema": "ops/gemm.py",

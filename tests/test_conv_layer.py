@@ -132,6 +132,21 @@ def test_gradcheck(shape):
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["odd", "same", "reflect"])
+def test_second_derivatives_and_those_of_forward_mode(shape, way):
+    layer = layer_of(shape, dtype=torch.float64)
+    x = torch.randn(2, layer.in_channels, 5, 6, dtype=torch.float64, requires_grad=True)
+    m = (layer.s * layer.a).detach().requires_grad_()
+
+    def function(x, m, b, bias):
+        return kron_conv2d(x, m, b, bias, layer._geometry, way)
+
+    inputs = (x, m, layer.b, layer.bias)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("lead", [(), (0,), (3,)], ids=str)
 def test_leading_dimensions(lead):
     layer = layer_of("3x3")

@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from kron_hf import KronLinear, fold_for_inference
+from kron_hf.factors import kron_weight
 from kron_hf.ops import cost
 
 # Large enough for the cost model to leave dead block rows and columns out.
@@ -101,7 +103,38 @@ def test_with_gradients_the_factors_are_trained_as_ever(folded):
     assert torch.equal(out, expected)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_in_evaluation_mode_lifts_the_fold(folded, optimizer):
+    """Though torch does not notice what fused optimizers write."""
+    layer, x, _ = folded
+    steps = optimizer(layer.parameters(), lr=0.1, fused=True)
+    layer(x).square().sum().backward()
+    steps.step()
+    steps.zero_grad()
+    with torch.no_grad():
+        expected = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(result(layer, x), expected)
+
+
+def test_gradients_for_the_input_alone_leave_the_fold(folded):
+    layer, x, expected = folded
+    layer.requires_grad_(False)
+    assert torch.equal(layer(x.requires_grad_()), expected)
     assert layer.folded is not None
+
+
+def test_forward_mode_derivatives_see_the_factors(folded):
+    layer, x, _ = folded
+    values = dict(layer.named_parameters())
+    directions = {name: torch.randn_like(value) for name, value in values.items()}
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda values: functional_call(layer, values, (x,)), (values,), (directions,))
+    dense = lambda values: nn.functional.linear(x, kron_weight(values["s"], values["a"], values["b"]), values["bias"])  # noqa: E731
+    values, directions = values | {"s": layer.masked_s()}, directions | {"s": directions["s"] * layer.block_mask}
+    _, expected = torch.func.jvp(dense, (values,), (directions,))
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast(folded):

@@ -1,8 +1,10 @@
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from kron_hf.factors import kron_weight
@@ -207,11 +209,45 @@ def test_gradcheck(force_path, path, shape):
     assert torch.autograd.gradcheck(kron_linear, inputs, fast_mode=True)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [3, (2, 2), ()])
+def test_second_derivatives(shape, tokens):
+    assert torch.autograd.gradgradcheck(kron_linear, make_inputs(shape, tokens), fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_second_derivatives_where_some_are_frozen(frozen):
     inputs = make_inputs(SQUARE, 3)
-    (grad,) = torch.autograd.grad(kron_linear(*inputs).square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    inputs[frozen].requires_grad_(False)
+    assert torch.autograd.gradgradcheck(kron_linear, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_mode(shape, grad):
+    inputs = make_inputs(shape, 3)
+    directions = tuple(torch.randn_like(tensor) for tensor in inputs)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, inputs, directions)
+        found = forward_ad.unpack_dual(kron_linear(*duals)).tangent
+    _, expected = torch.func.jvp(naive, tuple(inputs), directions)
+    torch.testing.assert_close(found, expected)
+
+
+def test_transforms_of_torch_func():
+    """As researchers use them: gradients for each sample, and a Hessian."""
+    inputs = tuple(make_inputs(SQUARE, 4, requires_grad=False))
+
+    def loss(function, *inputs):
+        return function(*inputs).square().sum()
+
+    for transform in (
+        lambda f: torch.func.vmap(torch.func.grad(f, argnums=(1, 2, 3)), in_dims=(0, None, None, None, None)),
+        lambda f: torch.func.hessian(f, argnums=(0, 3)),
+        lambda f: torch.func.jacrev(f, argnums=2),
+    ):
+        found, expected = (transform(partial(loss, function))(*inputs) for function in (kron_linear, naive))
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own

@@ -8,6 +8,7 @@ import pytest
 import torch
 from private_names import relies_on
 from torch import nn
+from torch.autograd import forward_ad
 
 
 @relies_on("torch", "_C", "_AutoDispatchBelowAutograd")
@@ -17,6 +18,25 @@ def test_dispatch_below_autograd():
     with torch._C._AutoDispatchBelowAutograd():
         assert torch.ops.aten.mul.Tensor(x, x).grad_fn is None
     assert torch.ops.aten.mul.Tensor(x, x).grad_fn is not None
+
+
+@relies_on("torch", "_are_functorch_transforms_active", "_current_level")
+def test_transforms_are_noticed():
+    """These two tell of transforms of torch.func, and of forward-mode derivatives, while they are under way."""
+    seen = []
+
+    def function(x):
+        seen.append((torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0))
+        return x.sum()
+
+    x = torch.ones(2)
+    function(x)
+    torch.func.grad(function)(x)
+    torch.func.jvp(function, (x,), (x,))
+    with forward_ad.dual_level():
+        function(x)
+    function(x)
+    assert seen == [(False, False), (True, False), (True, True), (False, True), (False, False)]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kron_hf.ops.autograd_state import transformed
 from kron_hf.ops.convolution_ways import BFirst, BuildW, Factors, MFirst, Product
 from kron_hf.ops.geometry import Convolution, Pair
 from kron_hf.ops.paths import autocast_enabled
@@ -77,7 +78,8 @@ def kron_conv2d(
         x, m, b, bias = x.to(dtype), m.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype)
     x, padding = convolution.padded(x)
     way = way or cheapest_way(m.shape, b.shape, convolution.input_positions, x.device.type)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers choose themselves what to keep
+    compiling = torch.compiler.is_compiling()  # compilers choose themselves what to keep
+    if torch.is_grad_enabled() and not compiling and not transformed():
         y: Tensor = _KronConv2d.apply(x, m, b, convolution, padding, way)  # type: ignore[assignment]
     else:
         y = _WAYS[way](Factors(m, b), convolution, padding).forward(x)
@@ -85,7 +87,7 @@ def kron_conv2d(
 
 
 class _KronConv2d(torch.autograd.Function):
-    """Saves the input and the factors only."""
+    """Saves the input and the factors only. Backward is made of operators that autograd differentiates again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor, b: Tensor, convolution: Convolution, padding: Pair, way: Way) -> Tensor:
@@ -94,7 +96,6 @@ class _KronConv2d(torch.autograd.Function):
         return _WAYS[way](Factors(m, b), convolution, padding).forward(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, m, b = ctx.saved_tensors
         convolution, padding, way = ctx.how

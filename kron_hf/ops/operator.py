@@ -8,10 +8,13 @@ call and `torch.library.custom_op` 15 us more, which small models pay thousands 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library
 
+from kron_hf.factors import kron_sum, to_blocks
 from kron_hf.ops import paths
+from kron_hf.ops.autograd_state import below_autograd, transformed
 
 __all__ = ["kron_linear"]
 
@@ -49,25 +52,47 @@ class _KronLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         # As dense layers do, without the input where no factor is trained.
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:4]) else None, s, a, b)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _forward_op(x, s, a, b, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), needed = grad_outputs, ctx.needs_input_grad
         x, s, a, b = ctx.saved_tensors  # outside the guard: it may run a checkpointed forward, under autograd
-        with torch._C._AutoDispatchBelowAutograd():
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_backward(grad, x, s, a, b, needed)
+        with below_autograd():
             if x is None:  # only its shape is asked for
                 x = grad.new_empty(1).expand(*grad.shape[:-1], a.shape[2] * b.shape[2])
             grads = _backward_op(grad, x, s, a, b, needed)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
+def _differentiable_backward(
+    grad: Tensor, x: Tensor | None, s: Tensor | None, a: Tensor, b: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients by formulas that autograd differentiates again; W's is there for the moment."""
+    need_x, need_s, need_a, need_b, need_bias = needed
+    m, g = a if s is None else s * a, grad.reshape(-1, grad.shape[-1])
+    grad_m = grad_b = None
+    if x is not None:
+        blocks = to_blocks(g.T @ x.reshape(-1, x.shape[-1]), (b.shape[1], b.shape[2]))
+        grad_m, grad_b = (b.flatten(1) @ blocks.T).view(m.shape), (m.flatten(1) @ blocks).view(b.shape)
+    return (
+        _forward_op(grad, None, m.transpose(1, 2), b.transpose(1, 2), None) if need_x else None,
+        (grad_m * a).sum(0) if need_s and grad_m is not None else None,
+        (grad_m if s is None else grad_m * s) if need_a and grad_m is not None else None,
+        grad_b if need_b else None,
+        g.sum(0) if need_bias else None,
+    )
+
+
 def _autograd(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if transformed():
+        return F.linear(x, kron_sum(a if s is None else s * a, b), bias)
     if torch.is_grad_enabled():
         return _KronLinearFunction.apply(x, s, a, b, bias)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _forward_op(x, s, a, b, bias)
 
 
