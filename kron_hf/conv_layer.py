@@ -1,5 +1,6 @@
 """`KronConv2d`: a convolution whose weight is Kronecker-sparse over channels."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,7 @@ from kron_hf.kron_layer import KronLayer
 from kron_hf.ops.convolution import kron_conv2d
 from kron_hf.ops.folded_convolution import FoldedConvolution, fold_convolution
 from kron_hf.ops.geometry import Convolution
+from kron_hf.sharding import is_sharded
 
 __all__ = ["KronConv2d", "refuse_groups"]
 
@@ -125,11 +127,22 @@ class KronConv2d(KronLayer):
                 f"[{self.in_channels}, H, W], got shape {list(x.shape)}"
             )
         images = x.unsqueeze(0) if x.dim() == 3 else x
-        if self.folded is not None and self._may_use_fold():
-            y = self.folded(images, self.b, self.bias)
+        folded = self._usable_fold() if self.folded is not None else None
+        if folded is not None:
+            y = folded(images, self.b, self.bias)
         else:
             y = kron_conv2d(images, self.masked_s() * self.a, self.b, self.bias, self._geometry)
         return y.squeeze(0) if x.dim() == 3 else y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Shows B with four dimensions, since `to(memory_format=torch.channels_last)` takes no other."""
+
+        def of_images(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5 or is_sharded(tensor):
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(of_images, recurse)
 
     def _fold(self, tokens: int, keep_weight: bool) -> FoldedConvolution:
         factors = (self.s, self.a, self.b, self.dead_blocks)

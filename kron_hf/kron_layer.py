@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kron_hf.block_size import resolve_block_size
 from kron_hf.factors import balanced_std, kron_flops, kron_weight, nearest_kronecker
+from kron_hf.ops.autocast import without_autocast
 from kron_hf.ops.autograd_state import transformed
 from kron_hf.ops.folded import Folded
 from kron_hf.sharding import gather, is_sharded, laid_out_as, local, shard_of
@@ -71,6 +72,8 @@ class KronLayer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         kind, (out_size, in_size, *kernel) = type(self).__name__, weight_shape
+        if out_size < 1 or in_size < 1:
+            raise ValueError(f"{kind}: it needs at least one input and one output, got {(out_size, in_size)} (out, in)")
         self.weight_shape = weight_shape
         self.block_size = resolve_block_size(block_size, out_size, in_size, kind)
         block_out, block_in = self.block_size
@@ -185,8 +188,9 @@ class KronLayer(nn.Module, ABC):
         return self.s if self.dead_blocks is None else self.s.masked_fill(laid_out_as(self.dead_blocks, self.s), 0.0)
 
     def dense_weight(self) -> Tensor:
-        """The weight W it stands for, of shape `weight_shape`, differentiable."""
-        return kron_weight(self.masked_s(), self.a, self.b)
+        """The weight W it stands for, of shape `weight_shape`, differentiable; in its own dtype under autocast, too."""
+        with without_autocast(self.s.device.type):
+            return kron_weight(self.masked_s(), self.a, self.b)
 
     @abstractmethod
     def to_dense(self) -> nn.Linear | nn.Conv2d:
@@ -259,6 +263,9 @@ class KronLayer(nn.Module, ABC):
     def fold(self, tokens: int = 4096, keep_weight: bool = False) -> Self:
         """Folds S into A for evaluation, without all-zero block rows and columns; see `fold_for_inference`.
 
+        The same function where A and B are finite. Lifted by training mode, by writes, and by a call under autograd
+        while a factor is trained.
+
         Raises:
             ValueError: The layer is in training mode, or its factors are sharded, on meta, or made in inference mode.
         """
@@ -267,24 +274,27 @@ class KronLayer(nn.Module, ABC):
         if self.s.is_meta or is_sharded(self.s):
             kind = type(self).__name__
             raise ValueError(f"{kind}.fold: its factors are on the meta device or sharded; gather them first")
-        self.folded = self._fold(tokens, keep_weight)
+        with without_autocast(self.s.device.type):
+            self.folded = self._fold(tokens, keep_weight)
         return self
 
-    def _may_use_fold(self) -> bool:
+    def _usable_fold(self) -> Folded | None:
         """A compiled model would not see later changes of the factors; an exported one is a picture of them anyway."""
-        if self.folded is None or torch.compiler.is_dynamo_compiling():
-            return False
+        folded = self.folded  # once: another thread may fold anew
+        if folded is None or torch.compiler.is_dynamo_compiling():
+            return None
         if torch.compiler.is_exporting():  # with other tensors in the places of the parameters
-            return self.folded.is_current()
+            return folded if folded.is_current() else None
         if transformed():
-            return False
+            return None
         if torch.is_grad_enabled():
             if any(factor.requires_grad for factor in (self.s, self.a, self.b)):
                 self.folded = None  # they may be trained, and torch does not notice the steps of fused optimizers
-            return False
-        if not self.folded.is_of((self.s, self.a, self.b, self.dead_blocks)):
-            self.folded = None
-        return self.folded is not None
+            return None
+        if folded.is_of((self.s, self.a, self.b, self.dead_blocks)):
+            return folded
+        self.folded = None
+        return None
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; training lifts what `fold` did."""
@@ -308,8 +318,9 @@ class KronLayer(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.folded = None
         super()._apply(fn, recurse)
-        if self.dead_blocks is not None:
-            self.dead_blocks = fn(self.dead_blocks)
+        if self.dead_blocks is not None:  # it keeps its dtype, and from meta it has nothing to bring
+            lost = self.dead_blocks.is_meta and not self.s.is_meta
+            self.dead_blocks = None if lost else self.dead_blocks.to(self.s.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -320,11 +331,13 @@ class KronLayer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.folded = None
+        errors: list[str] = args[4]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         missing_keys: list[str] = args[2]
         if f"{prefix}weight" in missing_keys:  # Accelerate's files leave it out, as empty tensors share an address
             missing_keys.remove(f"{prefix}weight")
             self.weight = local(self.s).new_empty(0)  # it may have been on meta
-        if prefix + "s" in state_dict and not self.s.is_meta:
+        if prefix + "s" in state_dict and not self.s.is_meta and len(errors) == before:
             self.dead_blocks = None  # the zeros of the loaded S alone
             self.freeze_mask()

@@ -70,8 +70,9 @@ class KronLinear(KronLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`."""
-        if self.folded is not None and x.shape[-1:] == (self.in_features,) and self._may_use_fold():
-            return self.folded(x, self.b, self.bias)
+        folded = self._usable_fold() if self.folded is not None else None
+        if folded is not None and x.shape[-1:] == (self.in_features,):
+            return folded(x, self.b, self.bias)
         return kron_linear(x, self.masked_s(), self.a, self.b, self.bias)
 
     def _fold(self, tokens: int, keep_weight: bool) -> Folded:

@@ -171,6 +171,20 @@ def test_memory_formats(shape, way):
         torch.testing.assert_close(kron_conv2d(moved, *factors), dense_output(layer, shape, x))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_is_moved_to_channels_last_as_nn_conv2d_is(way):
+    layer = layer_of("3x3")
+    x = torch.randn(2, 12, 6, 5)
+    expected = layer(x)
+    factors = layer.to(memory_format=torch.channels_last).b
+    assert (factors.shape, layer.b is factors) == ((2, 4, 2, 3, 3), True)
+    m, geometry = layer.s * layer.a, Convolution((3, 3), padding=(1, 1))
+    out = kron_conv2d(x.to(memory_format=torch.channels_last), m, layer.b, layer.bias, geometry, way)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert layer.b.grad.shape == layer.b.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_dtypes(dtype, way):

@@ -266,6 +266,25 @@ def test_export_without_dead_rows_and_columns(grad):
     assert [node.meta["val"].shape for node in products] == [(TOKENS, FEATURES - 30 * BLOCK)]
 
 
+@pytest.mark.parametrize(("dead", "_dropped"), DEAD)
+def test_export_for_any_number_of_tokens(dead, _dropped):
+    layer = fold_for_inference(sparse_layer(*dead))
+    x = torch.randn(2, 3, FEATURES, dtype=torch.float64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},))
+    other = torch.randn(5, 7, FEATURES, dtype=torch.float64)
+    torch.testing.assert_close(result(program.module(), other), result(layer, other))
+
+
+@pytest.mark.parametrize("keep_weight", [False, True])
+def test_folding_under_autocast_rounds_nothing(keep_weight):
+    layer, x = KronLinear(32, 32, 4, 8).eval(), torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fold_for_inference(layer, tokens=4, keep_weight=keep_weight)
+    kept = layer.folded.weight if keep_weight else layer.folded.m
+    assert kept.dtype == torch.float32
+    torch.testing.assert_close(result(layer, x), result(copy.deepcopy(layer), x))
+
+
 def test_export_of_changed_factors_is_that_of_the_new_ones():
     layer = fold_for_inference(small_layer())
     x = torch.randn(5, 12)

@@ -508,6 +508,15 @@ def test_loading_without_s_keeps_the_mask():
     assert layer.dead_blocks.sum() == 3
 
 
+def test_a_load_that_fails_freezes_nothing():
+    layer = KronLinear(8, 12, (3, 2), 2)
+    with torch.no_grad():
+        layer.s[DEAD] = 0
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict(layer.state_dict() | {"s": torch.ones(2, 2)})
+    assert layer.dead_blocks is None
+
+
 def test_unfreeze_lifts_the_mask():
     layer = frozen_layer()
     with torch.no_grad():
@@ -590,3 +599,24 @@ def test_the_mask_moves_with_the_layer():
         layer.s[0, 1] = 0
     layer.freeze_mask()
     assert layer.to("meta").dead_blocks.is_meta
+    assert layer.to_empty(device="cpu").dead_blocks is None  # on meta it has no values to bring
+
+
+def test_the_mask_keeps_its_dtype_and_values():
+    layer = frozen_layer().type(torch.float64)
+    assert layer(torch.randn(3, 8, dtype=torch.float64)).dtype == torch.float64
+    assert layer.to_empty(device="cpu").dead_blocks.nonzero().tolist() == [[0, 1], [2, 3], [3, 0]]
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, 0)])
+def test_a_layer_without_inputs_or_outputs_is_refused(size):
+    with pytest.raises(ValueError, match=r"KronLinear: it needs at least one input and one output, got"):
+        KronLinear(*size, 4, 1)
+
+
+def test_its_dense_weight_is_exact_under_autocast():
+    layer = frozen_layer()
+    exact = layer.dense_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.dense_weight(), exact)
+        assert torch.equal(layer.to_linear().weight, exact)

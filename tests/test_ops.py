@@ -272,6 +272,13 @@ def test_compile_has_no_graph_break_and_no_recompile(backend):
     torch._dynamo.reset()
 
 
+def test_the_operator_itself_follows_autocast():
+    inputs = make_inputs(SQUARE, 5, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(FORWARD(*inputs), kron_linear(*inputs))
+        assert FORWARD(*inputs).dtype == torch.bfloat16
+
+
 def test_compile_under_autocast():
     torch._dynamo.reset()
     compiled = torch.compile(kron_linear, fullgraph=True, backend="aot_eager")
@@ -402,13 +409,14 @@ def test_wrong_shapes(changed, error, message):
         kron_linear(*inputs)
 
 
+@pytest.mark.parametrize("function", [kron_linear, FORWARD])
 @pytest.mark.parametrize("position", range(5), ids=["x", "s", "a", "b", "bias"])
-def test_mixed_dtypes(position):
+def test_mixed_dtypes(position, function):
     inputs = make_inputs(SQUARE, 5)
     inputs[position] = inputs[position].float()
     name = ["x", "s", "a", "b", "bias"][position]
     with pytest.raises(TypeError, match=rf"same floating point dtype of 16 to 64 bits, got .*{name} torch.float32"):
-        kron_linear(*inputs)
+        function(*inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
@@ -488,9 +496,10 @@ def test_the_larger_dimension_decides_the_order():
     assert (forward.order, backward.order) == ("b_first", "m_first")
 
 
+@pytest.mark.parametrize("function", [kron_linear, FORWARD])
 @pytest.mark.parametrize("which", ["x", "s", "a", "b", "bias"])
-def test_one_device_is_required(which):
+def test_one_device_is_required(which, function):
     tensors = {"x": (2, 8), "s": (2, 2), "a": (1, 2, 2), "b": (1, 4, 4), "bias": (8,)}
     made = {name: torch.ones(shape, device="meta" if name == which else "cpu") for name, shape in tensors.items()}
     with pytest.raises(ValueError, match=r"must be on one device, got .*meta"):
-        kron_linear(**made)
+        function(*made.values())

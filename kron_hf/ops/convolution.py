@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kron_hf.ops.autocast import autocast_enabled
 from kron_hf.ops.autograd_state import transformed
 from kron_hf.ops.convolution_ways import BFirst, BuildW, Factors, MFirst, Product
 from kron_hf.ops.geometry import Convolution, Pair
-from kron_hf.ops.paths import autocast_enabled
 
 __all__ = ["Way", "cheapest_way", "kron_conv2d", "multiply_adds", "way_costs"]
 

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Folded:
         if self.m is None:
             assert self.weight is not None
             return F.linear(x, self.weight, bias)
-        leading, tokens, (block_out, block_in) = x.shape[:-1], x.shape[:-1].numel(), b.shape[1:]
+        leading, tokens, (block_out, block_in) = x.shape[:-1], prod(x.shape[:-1]), b.shape[1:]
         if self.columns is not None:
             x = x.reshape(tokens, x.shape[-1] // block_in, block_in).index_select(1, self.columns)
             x = x.view(*leading, len(self.columns) * block_in)

@@ -1,6 +1,7 @@
 """Registration of `kron_hf::kron_linear` with the dispatcher, and the function that calls it.
 
-The schema comes first, then one kernel for all devices (`paths`), the shapes of the outputs for tracing, and autograd.
+The schema comes first, then one kernel for all devices (`paths`), the shapes of the outputs for tracing, autograd, and
+autocast.
 Autograd is an own `autograd.Function` under the Autograd key: `torch.library.register_autograd` costs 10 us more a
 call and `torch.library.custom_op` 15 us more, which small models pay thousands of times.
 """
@@ -14,11 +15,10 @@ from torch.library import Library
 
 from kron_hf.factors import kron_sum, to_blocks
 from kron_hf.ops import paths
+from kron_hf.ops.arguments import check_arguments
 from kron_hf.ops.autograd_state import below_autograd, transformed
 
 __all__ = ["kron_linear"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = Library("kron_hf", "DEF")
 _library.define("kron_linear(Tensor x, Tensor? s, Tensor a, Tensor b, Tensor? bias) -> Tensor")
@@ -26,14 +26,22 @@ _library.define(
     "kron_linear_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor a, Tensor b, bool[5] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.impl("kron_linear", paths.forward, "CompositeExplicitAutograd")
 _library.impl("kron_linear_backward", paths.backward, "CompositeExplicitAutograd")
 _forward_op = torch.ops.kron_hf.kron_linear.default
 _backward_op = torch.ops.kron_hf.kron_linear_backward.default
 
 
+def _forward(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    check_arguments(x, s, a, b, bias)
+    return paths.forward(x, s, a, b, bias)
+
+
+_library.impl("kron_linear", _forward, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("kron_hf::kron_linear", lib=_library)
 def _forward_fake(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    check_arguments(x, s, a, b, bias)
     return x.new_empty((*x.shape[:-1], a.shape[1] * b.shape[1]))
 
 
@@ -89,6 +97,7 @@ def _differentiable_backward(
 
 def _autograd(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if transformed():
+        check_arguments(x, s, a, b, bias)
         return F.linear(x, kron_sum(a if s is None else s * a, b), bias)
     if torch.is_grad_enabled():
         return _KronLinearFunction.apply(x, s, a, b, bias)
@@ -97,6 +106,20 @@ def _autograd(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | 
 
 
 _library.impl("kron_linear", _autograd, "Autograd")
+
+
+def _autocast(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Casts as torch casts the arguments of `F.linear`: floating point ones, but for float64."""
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    given = (x, s, a, b, bias)
+    cast = [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in given]
+    with torch.autocast(device_type, enabled=False):
+        return _forward_op(*cast)
+
+
+for _device_type in ("CPU", "CUDA", "XPU", "MPS"):
+    _library.impl("kron_linear", _autocast, f"Autocast{_device_type}")
 
 
 def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -119,52 +142,4 @@ def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor 
         ValueError: Shapes that do not fit together, or different devices.
         TypeError: Different dtypes, or one that is not floating point of 16 to 64 bits.
     """
-    device_type = x.device.type
-    if paths.autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-        s = None if s is None else s.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(x, s, a, b, bias)
     return _forward_op(x, s, a, b, bias)
-
-
-def _check(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    """Raises unless shapes and dtypes fit together."""
-    dtype, device = x.dtype, x.device
-    if dtype not in _DTYPES:
-        raise _mixture(x, s, a, b, bias)
-    for tensor in (s, a, b, bias):
-        # A tensor on meta would give values nobody computed.
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-            raise _mixture(x, s, a, b, bias)
-    blocks = a.shape[1:] if s is None else s.shape
-    if len(blocks) != 2 or a.dim() != 3 or b.dim() != 3 or a.shape[1:] != blocks or a.shape[0] != b.shape[0]:
-        raise ValueError(
-            "kron_linear: required are s [O, I], a [rank, O, I], b [rank, bo, bi], "
-            f"got s {None if s is None else list(s.shape)}, a {list(a.shape)}, b {list(b.shape)}"
-        )
-    out_features, in_features = blocks[0] * b.shape[1], blocks[1] * b.shape[2]
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"kron_linear: x must have {in_features} features (I * bi = {blocks[1]} * {b.shape[2]}) in its last "
-            f"dimension, got shape {list(x.shape)}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"kron_linear: bias must have shape [{out_features}] (O * bo = {blocks[0]} * {b.shape[1]}), "
-            f"got {list(bias.shape)}"
-        )
-
-
-def _mixture(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Exception:
-    """The error for dtypes or devices that do not fit."""
-    named = {"x": x, "s": s, "a": a, "b": b, "bias": bias}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    if x.dtype not in _DTYPES or any(tensor.dtype != x.dtype for tensor in given.values()):
-        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
-        return TypeError(
-            f"kron_linear: all tensors must have the same floating point dtype of 16 to 64 bits, got {dtypes}"
-        )
-    devices = ", ".join(f"{name} {tensor.device}" for name, tensor in given.items())
-    return ValueError(f"kron_linear: x, s, a, b and bias must be on one device, got {devices}")

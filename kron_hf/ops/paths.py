@@ -4,29 +4,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 
 from kron_hf.ops import fused
+from kron_hf.ops.autocast import autocast_enabled
 from kron_hf.ops.backend import backward_path, forward_path, fused_first
 from kron_hf.ops.dense_weight import build_weight, factor_gradients
 from kron_hf.ops.gemm import linear
 from kron_hf.ops.layouts import Layout, TokenLast, TokenMajor
 from kron_hf.ops.ways import Factored, Shape
 
-__all__ = ["autocast_enabled", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
 _LAYOUTS: dict[str, type[Layout]] = {"token_major": TokenMajor, "token_last": TokenLast}
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on; devices that know no autocast (meta) make torch's own question raise."""
-    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
-
-
-@torch.compiler.assume_constant_result
-def _knows_autocast(device_type: str) -> bool:
-    """A constant for `torch.compile`, which cannot trace this in torch 2.11."""
-    return is_autocast_available(device_type)
 
 
 def forward(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
