@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
 __all__ = ["main"]
 
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="DIR_OR_ID", help="directory of a saved model, or its id on the Hub")
     inspect.add_argument("--html", required=True, metavar="FILE", help="write one page that needs nothing else")
     inspect.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    inspect.add_argument("--base", metavar="DIR_OR_ID", help="base model of an adapter that names none")
     inspect.set_defaults(command=_inspect)
     _add_export(commands.add_parser("export", help="write a saved model in the form in which it is to be run"))
     _add_bench(commands.add_parser("bench", help="how fast the layers of a model are, measured against nn.Linear"))
@@ -214,7 +215,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from kron_hf.page.run import write_page
 
     with quiet_transformers():
-        write_page(options.model, Path(options.html), revision=options.revision)
+        write_page(options.model, Path(options.html), revision=options.revision, base=options.base)
     _write(f"Wrote {options.html}")
 
 
@@ -278,11 +279,14 @@ def _bench(options: argparse.Namespace) -> None:
         run_bench(options.model, _read_config(options.model), given, how, _write)
 
 
-def _load(name: str) -> "PreTrainedModel":
+def _load(name: str) -> "nn.Module":
     """The saved model, with its head; reads no weights of a model without Kronecker layers."""
     from kron_hf.checkpoint.reading import clean_errors
     from kron_hf.model import model_class_for
+    from kron_hf.verify.source import load_model
 
+    if Path(name, "adapter_config.json").is_file():
+        return load_model(Path(name))
     config = _read_config(name)
     method = getattr(config, "quantization_config", None)
     if not isinstance(method, dict) or method.get("quant_method") != "kron":
@@ -302,7 +306,7 @@ def _read_config(name: str) -> Any:
     # A local path must not become a question to the Hub.
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise NotADirectoryError(f"{name} is no directory")
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"{name} holds no saved model: config.json is missing")
     try:
         return read_config(name)

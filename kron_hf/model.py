@@ -149,6 +149,11 @@ def _build_base(
     name = config.base_model_name_or_path
     if not name:
         raise ValueError("get_kron_model(config) needs config.base_model_name_or_path, the model to start from")
+    if not pretrained and config.init_weights == "nearest":
+        raise ValueError(
+            "init_weights='nearest' fits the factors to trained weights, which pretrained=False does not load; leave "
+            "init_weights out to train from scratch"
+        )
     if pretrained and config.init_weights is None and not calibrated:
         # Said before anything is downloaded or loaded.
         raise ValueError(

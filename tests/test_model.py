@@ -177,7 +177,9 @@ def test_warnings_point_at_the_callers_line(kwargs, message, headed_dir):
     with pytest.warns(UserWarning, match=message) as caught:
         get_kron_model(vit(), config(**kwargs))
     with pytest.warns(UserWarning, match=message) as caught_loading:
-        get_kron_model(config(base_model_name_or_path=headed_dir, **kwargs), pretrained=False)
+        get_kron_model(
+            config(base_model_name_or_path=headed_dir, **kwargs), pretrained=kwargs.get("init_weights") == "nearest"
+        )
     files = [Path(warning.filename).name for warning in [*caught, *caught_loading]]
     assert files == [Path(__file__).name] * 2
 
@@ -281,6 +283,12 @@ def test_a_loaded_model_needs_a_choice(headed_dir, load):
 
 
 # get_kron_model(config)
+
+
+def test_nearest_needs_the_weights(headed_dir):
+    wanted = config(base_model_name_or_path=str(headed_dir), init_weights="nearest")
+    with pytest.raises(ValueError, match="fits the factors to trained weights, which pretrained=False does not load"):
+        get_kron_model(wanted, pretrained=False)
 
 
 def test_from_a_checkpoint(headed_dir):

@@ -332,14 +332,43 @@ def test_names_of_strangers_are_escaped(saved, capsys):
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
-def test_an_adapter_is_verified_with_its_base(tmp_path):
+def _saved_adapter(tmp_path, **options):
     base = FAMILIES["vit"]()
     base.save_pretrained(tmp_path / "base")
     with quiet_peft():
         adapter = get_peft_model(
-            type(base).from_pretrained(tmp_path / "base"), KronConfig(block_size=4, rank=1, init_weights="random")
+            type(base).from_pretrained(tmp_path / "base"),
+            KronConfig(block_size=4, rank=1, init_weights="random", **options),
         )
     adapter.save_pretrained(tmp_path / "adapter")
+    return adapter
+
+
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+def test_an_adapter_without_a_card_is_inspected_and_summed_up(tmp_path, capsys, task_type):
+    _saved_adapter(tmp_path, task_type=task_type)
+    folder, page = str(tmp_path / "adapter"), tmp_path / "page.html"
+    with quiet_peft():
+        assert main(["inspect", folder, "--html", str(page)]) == 0
+        assert main(["summary", folder]) == 0
+    assert "base_model.model.vit.layers.1.mlp.fc2.kron_layers.default " in capsys.readouterr().out
+    assert "fc1" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["bench", "--model"], ["train", "--dataset", "digits", "--output-dir", "{out}", "--model"]],
+    ids=["bench", "train"],
+)
+def test_commands_that_take_no_adapter_say_so(tmp_path, capsys, command):
+    _saved_adapter(tmp_path)
+    words = [word.format(out=tmp_path / "out") for word in command]
+    assert main([*words, str(tmp_path / "adapter")]) == 1
+    assert "adapter is an adapter; pass what merge_and_unload() makes of it" in capsys.readouterr().err
+
+
+def test_an_adapter_is_verified_with_its_base(tmp_path):
+    adapter = _saved_adapter(tmp_path)
     write_model_card(adapter, tmp_path / "adapter")
     with quiet_peft():
         report = verify(str(tmp_path / "adapter"))

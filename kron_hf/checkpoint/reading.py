@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -48,6 +49,8 @@ def read_config(name: str, **kwargs: Any) -> PreTrainedConfig | tuple[PreTrained
         ValueError: It is malformed, or claims more than any real model has.
     """
     where = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{Path(name).name} is an adapter; pass what merge_and_unload() makes of it and its base")
     with clean_errors(name):
         content, _ = PreTrainedConfig.get_config_dict(name, **where)
         if not isinstance(content, dict):

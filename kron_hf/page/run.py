@@ -11,7 +11,7 @@ from kron_hf.verify.source import find_directory, load_model
 __all__ = ["write_page"]
 
 
-def write_page(name: str, path: Path, *, revision: str | None = None) -> None:
+def write_page(name: str, path: Path, *, revision: str | None = None, base: str | None = None) -> None:
     """Writes the page of a saved model, whole or not at all.
 
     Args:
@@ -19,6 +19,7 @@ def write_page(name: str, path: Path, *, revision: str | None = None) -> None:
             or in the newest checkpoint of it.
         path: The file.
         revision: Branch, tag or commit on the Hub.
+        base: The base of an adapter; None is the one that it names.
 
     Raises:
         OSError: The model cannot be found, or the file not be written.
@@ -30,7 +31,7 @@ def write_page(name: str, path: Path, *, revision: str | None = None) -> None:
         raise NotADirectoryError(f"{path.parent} is no directory to write {path.name} into")
     directory = find_directory(name, revision)
     curves = curves_of(read_history(directory))
-    model = load_model(directory)
+    model = load_model(directory, base=base)
     summary = kron_summary(model)
     title = directory.resolve().name if Path(name).is_dir() else name
     page = build_page(title, type(model).__name__, summary, layer_pictures(model), curves)

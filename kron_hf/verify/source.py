@@ -50,7 +50,7 @@ def load_model(directory: Path, claims: Claims | None = None, base: str | None =
 
     Args:
         directory: The folder.
-        claims: They name the class of an adapter's base.
+        claims: They name the class of an adapter's base; None is the class that the adapter names.
         base: The base of an adapter; None is the one that it names.
 
     Raises:
@@ -73,12 +73,18 @@ def _load_adapter(directory: Path, claims: Claims | None, base: str | None) -> n
     import peft
     import transformers
 
-    name = base or peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    name = base or config.base_model_name_or_path
     if not name:
         raise ValueError("adapter_config.json names no base model; pass --base DIR_OR_ID")
-    wanted = "AutoModel" if claims is None else claims.model_class
-    model_class = getattr(transformers, wanted, None) if wanted.isidentifier() else None
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    wanted = mapping.get("base_model_class") if claims is None else claims.model_class
+    if wanted is None:  # PEFT does not write it where there is a task type
+        model_class: Any = model_class_for(read_config(name), with_head=False)
+    else:
+        model_class = getattr(transformers, wanted, None) if str(wanted).isidentifier() else None
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        raise ValueError(f"the claims name no model class of transformers: {shown(wanted)}")
+        source = "adapter_config.json names" if claims is None else "the claims name"
+        raise ValueError(f"{source} no model class of transformers: {shown(wanted)}")
     model = model_class.from_pretrained(name, use_safetensors=True)
     return PeftModel.from_pretrained(model, directory)
