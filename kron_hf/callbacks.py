@@ -1,5 +1,6 @@
 """Callbacks that wire the training-time algorithms into the stock `Trainer`."""
 
+import math
 import warnings
 from dataclasses import asdict
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from kron_hf.sparsity import Sparsifier, SparsityOptions
 from kron_hf.sparsity.pruning import model_sparsity
@@ -66,8 +68,9 @@ class SparsityCallback(StatefulCallback):
 
     A resumed training continues bit-equal, whether or not `restore_callback_states_from_checkpoint` is set. (Straight-
     through regrowth: not from FSDP2's SHARDED_STATE_DICT, which loses what the masks hide; that warns.)
-    `load_best_model_at_end` may load a checkpoint from before the masks froze: that warns. Evaluate only afterwards
-    (`eval_delay`) to keep such checkpoints out.
+    Under the stock `Trainer` `load_best_model_at_end` may load a checkpoint from before the masks froze: that warns,
+    before the training and after it. Evaluate only afterwards (`eval_delay`) to keep such checkpoints out.
+    `KronTrainer` does not compare them.
 
     Args:
         target_sparsity: Share of entries in zero blocks to end with, in [0, 1).
@@ -88,6 +91,8 @@ class SparsityCallback(StatefulCallback):
         >>> SparsityCallback(target_sparsity=0.5).state()["args"]["interval"]
         10
     """
+
+    guarded = False  # whether the trainer compares only models whose masks are frozen
 
     def __init__(
         self,
@@ -134,6 +139,7 @@ class SparsityCallback(StatefulCallback):
             )
         self.register(state)
         self.sparsifier.attach(kwargs["optimizer"])
+        self._check_best(args, state, self.sparsifier.end_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds `sparsity` to the logs and to the history, into which Trainer has copied them before."""
@@ -151,6 +157,18 @@ class SparsityCallback(StatefulCallback):
         self.sparsifier.close()
         if self.sparsifier.frozen_sparsity is not None:
             self._check_final(kwargs["model"], self.sparsifier.frozen_sparsity, state)
+
+    def _check_best(self, args: TrainingArguments, state: TrainerState, end_step: int) -> None:
+        """Warns while there is time to mend it."""
+        by_epochs = args.eval_strategy == IntervalStrategy.EPOCH  # then eval_delay counts them
+        unit, steps = ("epochs", state.max_steps / state.num_train_epochs) if by_epochs else ("steps", 1)
+        if args.load_best_model_at_end and not self.guarded and args.eval_delay * steps < end_step:
+            warnings.warn(
+                "load_best_model_at_end may end the training with a checkpoint from before the masks freeze, at step "
+                f"{end_step} of {state.max_steps}: pass eval_delay={math.ceil(end_step / steps)} ({unit}) to "
+                "TrainingArguments, so that only later ones are compared",
+                stacklevel=2,
+            )
 
     def _check_final(self, model: nn.Module, frozen: float, state: TrainerState) -> None:
         sparsity, target, l1 = model_sparsity(model), self.options.target_sparsity, self.options.l1

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from kron_hf.callbacks import SparsityCallback
 from kron_hf.config import KronConfig
 from kron_hf.model import get_kron_model
 from kron_hf.sparsity.pruning import kron_layers, model_sparsity
+from kron_hf.trainer.kron_trainer import KronTrainer
 
 # 40 steps: pruned after step 10, frozen after step 20.
 
@@ -138,11 +141,33 @@ def test_loading_a_best_model_from_before_the_freeze_warns(tmp_path, delay):
         assert made.state.best_global_step == 30
         assert_target(made.model, 0.5)
     else:
-        with pytest.warns(
-            UserWarning, match=r"not target_sparsity=0\.5: the best checkpoint, .*checkpoint-10.*eval_delay"
-        ):
+        early, late = r"freeze, at step 20 of 40: pass eval_delay=20 \(steps\)", r"not target_sparsity=0\.5: the best"
+        with pytest.warns(UserWarning, match=early), pytest.warns(UserWarning, match=late + ".*checkpoint-10.*eval_d"):
             made.train()
         assert model_sparsity(made.model) < 0.5
+
+
+def test_kron_trainer_compares_only_models_with_frozen_masks(tmp_path):
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rank", "greater_is_better": False}
+    data = {"train_dataset": dataset(), "eval_dataset": dataset(16)}
+    made = KronTrainer(TinyKron(), arguments(tmp_path, **every, **best), target_sparsity=0.5, **data)
+    made.compute_metrics = lambda _: {"rank": made.state.global_step}  # the first that counts is the best
+    made.train()
+    assert made.state.best_global_step == 20
+    assert_target(made.model, 0.5)
+
+
+@pytest.mark.parametrize(("delay", "warned"), [(0, True), (2, True), (3, False)])
+def test_the_delay_that_a_best_model_needs_is_told_in_epochs_too(tmp_path, delay, warned):
+    every = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    made = trainer(tmp_path, eval_dataset=dataset(16), eval_delay=delay, metric_for_best_model="rank", **every)
+    made.compute_metrics = lambda _: {"rank": made.state.global_step}  # the last is the best
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.train()
+    assert ["pass eval_delay=3 (epochs)" in str(warning.message) for warning in caught] == [True] * warned
+    assert_target(made.model, 0.5)
 
 
 def vit(seed=0):

@@ -10,7 +10,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kron_hf.callbacks import SparsityCallback, sparsity_arguments
+from kron_hf.callbacks import sparsity_arguments
 from kron_hf.data.examples import Examples
 from kron_hf.model_card import write_model_card
 from kron_hf.model_card.training import public_settings
@@ -20,10 +20,7 @@ __all__ = ["CommandTrainer", "EpochCallback"]
 
 
 class CommandTrainer(KronTrainer):
-    """`KronTrainer` that takes no unfinished mask for the best model and writes our card.
-
-    One private method of transformers' Trainer is overridden: `_determine_best_metric`.
-    """
+    """`KronTrainer` that writes our card."""
 
     card_dataset: str | None = None
     card_split: str | None = None
@@ -43,13 +40,6 @@ class CommandTrainer(KronTrainer):
                 f"with fsdp_state_dict_type {plugin.state_dict_type.name} no model file would be saved at the end; set "
                 "FULL_STATE_DICT in the config of Accelerate, as examples/accelerate/fsdp2.yaml does"
             )
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Compares only models whose masks are frozen: before that the model is denser than was asked for."""
-        callbacks = [item for item in self.callback_handler.callbacks if isinstance(item, SparsityCallback)]
-        if any(item.sparsifier is not None and not item.sparsifier.frozen for item in callbacks):
-            return False
-        return super()._determine_best_metric(metrics, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of `kron_hf` with the final figures, where Trainer would write its own."""

@@ -29,7 +29,8 @@ class KronTrainer(Distilling):
 
     Everything else, `args.optim`, its settings and the learning-rate schedule among them, is Trainer's. Logs carry
     `sparsity` for all integrations, but not while a block size is selected. No checkpoint is ever half-written
-    (`SafeSaving`). A model without Kronecker layers trains as under Trainer.
+    (`SafeSaving`), and none whose masks are not frozen yet becomes the best model of `load_best_model_at_end`. A model
+    without Kronecker layers trains as under Trainer.
 
     With a `teacher` the loss, in training and evaluation, is a `DistillationLoss`, and logs carry its parts, as
     `distill_tokens`. Data without labels will do: for a model with a head set `TrainingArguments(label_names=[])` to
@@ -80,6 +81,20 @@ class KronTrainer(Distilling):
         self.factor_lr, self.mask_lr = factor_lr, mask_lr
         if callback is not None:
             self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        for callback in self._sparsity_callbacks():
+            callback.guarded = True
+        return super().train(*args, **kwargs)
+
+    def _sparsity_callbacks(self) -> list[SparsityCallback]:
+        return [item for item in self.callback_handler.callbacks if isinstance(item, SparsityCallback)]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compares only models whose masks are frozen: before that the model is denser than was asked for."""
+        if any(item.sparsifier is not None and not item.sparsifier.frozen for item in self._sparsity_callbacks()):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer on `kron_param_groups`; an optimizer or groups passed to Trainer are left alone."""

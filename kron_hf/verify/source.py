@@ -80,7 +80,8 @@ def _load_adapter(directory: Path, claims: Claims | None, base: str | None) -> n
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
     wanted = mapping.get("base_model_class") if claims is None else claims.model_class
     if wanted is None:  # PEFT does not write it where there is a task type
-        model_class: Any = model_class_for(read_config(name), with_head=False)
+        base_config: Any = read_config(name)
+        model_class = model_class_for(base_config, with_head=False)
     else:
         model_class = getattr(transformers, wanted, None) if str(wanted).isidentifier() else None
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
