@@ -66,9 +66,9 @@ def candidates(dtype: str, tokens: int) -> list[Candidate]:
 
 @contextmanager
 def _limited(candidate: Candidate) -> Iterator[None]:
-    size = getattr(torch, candidate.dtype).itemsize
+    row = tiles.precision(getattr(torch, candidate.dtype))
     table = getattr(tiles, TABLES[candidate.kernel])
-    with patch.dict(table, {size: type(table[size])(*candidate.limits)}):
+    with patch.dict(table, {row: type(table[row])(*candidate.limits)}):
         yield
 
 
@@ -149,7 +149,7 @@ def timed(candidate: Candidate) -> float:
 
 
 def _present(kernel: str, dtype: str) -> tuple[int, ...]:
-    return tuple(getattr(tiles, TABLES[kernel])[getattr(torch, dtype).itemsize])
+    return tuple(getattr(tiles, TABLES[kernel])[tiles.precision(getattr(torch, dtype))])
 
 
 def best_limits(times: dict[Candidate, float], kernel: str) -> list[tuple[float, tuple[int, ...]]]:

@@ -1,13 +1,15 @@
-"""Tile sizes of the kernels, from the shape of the layer and its dtype alone.
+"""Tile sizes of the kernels, from the shape of the layer, its dtype and whether float32 may be TF32.
 
 They keep the float32 tiles of a program in its registers: tests compile them for the targets and look for spills.
 """
 
 from typing import NamedTuple
 
-from kron_hf.ops.ways import Shape
+import torch
 
-__all__ = ["Tiles", "grad_m_tiles", "product_tiles", "transposed_product_tiles"]
+from kron_hf.ops.ways import Shape, tf32_allowed
+
+__all__ = ["Tiles", "grad_m_tiles", "precision", "product_tiles", "transposed_product_tiles"]
 
 _MMA_K = 16  # the least K of a product on tensor cores
 
@@ -37,15 +39,27 @@ class _Limits(NamedTuple):
     stages: int
 
 
-# By bytes an entry.
-_PRODUCT = {2: _Limits(8192, 128, 4, 64, 4, 3), 4: _Limits(4096, 64, 2, 16, 8, 2)}
-_TRANSPOSED = {2: _Limits(8192, 128, 4, 64, 8, 2), 4: _Limits(4096, 64, 2, 16, 8, 2)}
-_GRAD_M = {2: _Limits(8192, 128, 4, 64, 8, 2), 4: _Limits(4096, 64, 2, 32, 8, 2)}
+# By precision: true float32 knows no tensor cores, and keeps its operands in registers besides.
+_PRODUCT = {
+    "half": _Limits(8192, 128, 4, 64, 4, 3),
+    "tf32": _Limits(4096, 64, 2, 16, 8, 2),
+    "float32": _Limits(1024, 32, 2, 16, 4, 2),
+}
+_TRANSPOSED = {
+    "half": _Limits(8192, 128, 4, 64, 8, 2),
+    "tf32": _Limits(4096, 64, 2, 16, 8, 2),
+    "float32": _Limits(2048, 32, 2, 16, 8, 2),
+}
+_GRAD_M = {
+    "half": _Limits(8192, 128, 4, 64, 8, 2),
+    "tf32": _Limits(4096, 64, 2, 32, 8, 2),
+    "float32": _Limits(4096, 64, 2, 32, 8, 2),
+}
 
 
 def product_tiles(shape: Shape) -> Tiles:
     """Tiles of `product_kernel`."""
-    limits = _PRODUCT[shape.dtype.itemsize]
+    limits = _PRODUCT[precision(shape.dtype)]
     pad_out, pad_in = _power_of_two(shape.block_out), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     tokens = _tokens(limits, pad_out, pad_in)
@@ -58,7 +72,7 @@ def product_tiles(shape: Shape) -> Tiles:
 
 def transposed_product_tiles(shape: Shape) -> Tiles:
     """Tiles of `transposed_product_kernel`."""
-    limits = _TRANSPOSED[shape.dtype.itemsize]
+    limits = _TRANSPOSED[precision(shape.dtype)]
     pad_out, pad_in = _power_of_two(shape.block_out), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     spread = max(1, _MMA_K // (rank * pad_out))
@@ -71,13 +85,20 @@ def transposed_product_tiles(shape: Shape) -> Tiles:
 
 def grad_m_tiles(shape: Shape) -> Tiles:
     """Tiles of `grad_m_kernel`, which pads bo to 16 rather than to spread it."""
-    limits = _GRAD_M[shape.dtype.itemsize]
+    limits = _GRAD_M[precision(shape.dtype)]
     pad_out, pad_in = max(_MMA_K, _power_of_two(shape.block_out)), _power_of_two(shape.block_in)
     rank = _rank(limits, shape, pad_out * pad_in)
     tokens = max(_MMA_K // pad_in, _tokens(limits, pad_out, pad_in))  # K of dM is tokens * pad_in
     out = _blocks(shape.out_blocks, limits.entries // (tokens * max(rank * pad_in, pad_out)))
     in_ = _blocks(shape.in_blocks, min(limits.entries // (tokens * pad_in), limits.step))
     return Tiles(tokens, out, in_, rank, pad_out, pad_in, 1, limits.warps, limits.stages)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The row of limits for products of a dtype, as torch's settings are."""
+    if dtype.itemsize == 2:
+        return "half"
+    return "tf32" if tf32_allowed(dtype) else "float32"
 
 
 def _rank(limits: _Limits, shape: Shape, entries: int) -> int:
