@@ -22,6 +22,7 @@ from kron_hf.kron_kinds import dense_sizes, kron_kind
 from kron_hf.module_map import entry_sizes, localize_names
 from kron_hf.selection.candidates import converted_layers
 from kron_hf.target import Target, warn_not_cheaper
+from kron_hf.target_messages import grouped_reasons, no_match_message
 from kron_hf.weight_reads import weight_reader
 
 __all__ = ["Target", "find_targets", "names_to_save", "pretrained_parts", "refuse_adapters"]
@@ -82,9 +83,9 @@ def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = T
                 raise ValueError(reason) from None
             skipped[name] = reason
     if not targets:
-        raise ValueError(_no_match_message(model, config, list(skipped.values())))
+        raise ValueError(no_match_message(model, config, skipped))
     if skipped:
-        warnings.warn(f"Left dense: {'; '.join(skipped.values())}", stacklevel=4)
+        warnings.warn(f"Left dense: {grouped_reasons(skipped)}", stacklevel=4)
     _warn_unused(model, config, [*(target.name for target in targets), *skipped])
     if compare_cost:
         warn_not_cheaper(targets, stacklevel=4)
@@ -273,22 +274,6 @@ def _sizes_of(name: str, config: KronConfig) -> tuple[Sequence[tuple[BlockSize, 
         return [((1, -1), 1)], False  # in place of what data will choose; it fits every layer
     size = config.block_size_pattern.get(get_pattern_key(list(config.block_size_pattern), name), config.block_size)
     return [(size, config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.rank))], False
-
-
-def _no_match_message(model: nn.Module, config: KronConfig, skipped: list[str]) -> str:
-    candidates = [name for name, module in model.named_modules() if name and _is_replaceable(module)]
-    wanted = "the default target_modules" if config.target_modules is None else f"{config.target_modules!r}"
-    reasons = f" ({'; '.join(skipped)})" if skipped else ""
-    shown = (
-        printable(", ".join(candidates))
-        if candidates
-        else "none: the model has no nn.Linear or nn.Conv2d below its root"
-    )
-    return f"no module to replace matches {wanted}{reasons}; modules that could be named: {shown}"
-
-
-def _is_replaceable(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
 
 
 def _warn_unused(model: nn.Module, config: KronConfig, chosen: list[str]) -> None:

@@ -39,7 +39,7 @@ ORDER = [
     {"config", "kron_layer"},
     {"layers", "conv_layer"},
     {"kron_kinds"},
-    {"sparsity", "selection", "calibration", "distillation", "checkpoint", "target"},
+    {"sparsity", "selection", "calibration", "distillation", "checkpoint", "target", "target_messages"},
     {"targets"},
     {"calibration_data", "inference", "param_groups", "surgery"},
     {"baselines", "callbacks", "block_size_callback", "conversion", "held_out_loss", "summary"},

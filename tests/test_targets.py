@@ -267,7 +267,21 @@ def test_no_match_lists_the_candidates(kwargs):
     with pytest.raises(ValueError, match=r"^no module to replace matches") as error:
         names(vit(), **kwargs)
     listed = str(error.value).partition("modules that could be named: ")[2].split(", ")
-    assert listed == ["vit.embeddings.patch_embeddings.projection", *projections("vit"), "classifier"]
+    kinds = dict.fromkeys(name.replace(".0.", ".*.").replace(".1.", ".*.") for name in projections("vit"))
+    assert listed == ["vit.embeddings.patch_embeddings.projection", *kinds, "classifier"]
+
+
+def test_a_string_that_matches_no_whole_name_is_explained():
+    with pytest.raises(ValueError, match=r"a string is a regular expression for whole names; .*=\['fc1'\]"):
+        names(vit(), target_modules="fc1")
+
+
+def test_what_is_wrong_with_many_layers_alike_is_said_once():
+    with pytest.raises(ValueError, match=r"^no module to replace matches .*none can be replaced: ") as error:
+        names(vit(), block_size=7)
+    text = str(error.value)
+    assert "vit.layers.*.mlp.fc1: block_size (7, 7) does not divide its weight of shape (64, 32) (out, in)" in text
+    assert text.count("does not divide") == 3  # shapes
 
 
 def test_no_match_on_a_model_without_linears():
@@ -295,9 +309,7 @@ def test_default_layers_that_the_block_does_not_divide_are_skipped_with_one_warn
 
 
 def test_nothing_left_after_skipping_is_an_error_with_the_reasons():
-    with pytest.raises(
-        ValueError, match=r"no module to replace.*fc1: block_size \(5, 5\) does not divide.*fc1, fc2, fc3"
-    ):
+    with pytest.raises(ValueError, match=r"no module to replace.*fc1, fc2, fc3: block_size \(5, 5\) does not divide"):
         names(Mlp(), block_size=5)
 
 
@@ -334,13 +346,11 @@ class WithAttention(nn.Module):
 def test_modules_whose_weights_are_read_directly_are_skipped(target_modules):
     with pytest.warns(UserWarning, match="^Left dense: ") as caught:
         assert names(WithAttention(), target_modules=target_modules) == ["embed"]
-    for name, kind in {
-        "attention.out_proj": "MultiheadAttention",
-        "block.self_attn.out_proj": "MultiheadAttention",
-        "block.linear1": "TransformerEncoderLayer",
-        "block.linear2": "TransformerEncoderLayer",
+    for modules, kind in {
+        "attention.out_proj, block.self_attn.out_proj": "MultiheadAttention",
+        "block.linear1, block.linear2": "TransformerEncoderLayer",
     }.items():
-        assert f"{name}: {kind} reads its weight directly" in str(caught[0].message)
+        assert f"{modules}: {kind} reads its weight directly" in str(caught[0].message)
 
 
 def test_an_attention_behind_the_head_is_not_taken_for_it():
