@@ -35,9 +35,7 @@ def no_match_message(model: nn.Module, config: KronConfig, skipped: Mapping[str,
         return f"{message}, or rather none can be replaced: {grouped_reasons(skipped)}"
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         a_list = f"target_modules=[{config.target_modules!r}]"
-        message += (
-            f" (a string is a regular expression for whole names; a list, {a_list}, matches their ends, too)"
-        )
+        message += f" (a string is a regular expression for whole names; a list, {a_list}, matches their ends, too)"
     candidates = [name for name, module in model.named_modules() if name and _is_replaceable(module)]
     shown = (
         printable(", ".join(grouped_names(candidates)))

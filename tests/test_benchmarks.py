@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from examples.benchmarks import calibrate, libraries, measuring, report, run, shared_input
+from examples.benchmarks import calibrate, libraries, measuring, report, run, shared_input, sparsity_speed
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
@@ -404,6 +404,19 @@ def test_what_q_k_and_v_could_share_is_printed_and_stored(tmp_path, monkeypatch,
     assert row["share"] == shared_input.share(times)
     assert "3 x 6 features, 5 tokens, blocks of 2, rank 1: " in capsys.readouterr().out
     assert shared_input.share({"step": 10.0, "apart": 3.0, "together": 2.0, "adding": 1.0}) == pytest.approx(0.3)
+
+
+def test_what_zeros_of_s_save_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sparsity_speed, "FEATURES", 32)
+    monkeypatch.setattr(sparsity_speed, "BLOCK", 4)
+    monkeypatch.setattr(sparsity_speed, "SETTINGS", (sparsity_speed.Setting(1.0, "rows"),))
+    how = ["--seeds", "2", "--steps", "40", "--tokens", "8", "--repeats", "2"]
+    sparsity_speed.main([*how, "--json", str(tmp_path / "sparsity.json")])
+    (row,) = json.loads((tmp_path / "sparsity.json").read_text())["measured"]
+    assert row["sparsity"] == pytest.approx(0.8, abs=0.01)
+    assert row["rows"] > 0.5
+    assert 0 < row["accuracy"] <= 1
+    assert sparsity_speed.describe(row) in capsys.readouterr().out
 
 
 def test_the_calibration_is_printed_and_stored(tmp_path, monkeypatch, capsys):
