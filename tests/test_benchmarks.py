@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from examples.benchmarks import calibrate, libraries, measuring, report, run, shared_input, sparsity_speed
+from examples.benchmarks import calibrate, few_tokens, libraries, measuring, report, run, shared_input, sparsity_speed
 from examples.benchmarks.cases import Case, Conditions
 from examples.benchmarks.measuring import Measured, alternate, memory
 from examples.benchmarks.methods import CONVOLUTION_WAYS, METHODS, PATHS
@@ -404,6 +404,14 @@ def test_what_q_k_and_v_could_share_is_printed_and_stored(tmp_path, monkeypatch,
     assert row["share"] == shared_input.share(times)
     assert "3 x 6 features, 5 tokens, blocks of 2, rank 1: " in capsys.readouterr().out
     assert shared_input.share({"step": 10.0, "apart": 3.0, "together": 2.0, "adding": 1.0}) == pytest.approx(0.3)
+
+
+def test_calls_of_few_tokens_are_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(few_tokens, "CALLS", (few_tokens.Call(1, 2, 16, 32),))
+    few_tokens.main(["--repeats", "3", "--json", str(tmp_path / "few.json")])
+    (row,) = json.loads((tmp_path / "few.json").read_text())["measured"]
+    assert min(row["kron"], row["folded"], row["keep_weight"]) > 0
+    assert f"16 -> 32      {row['kron']:5.2f}" in capsys.readouterr().out
 
 
 def test_what_zeros_of_s_save_is_measured(monkeypatch, tmp_path, capsys):
