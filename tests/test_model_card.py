@@ -4,6 +4,7 @@ import yaml
 from families import FAMILIES
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from PIL import Image
 from tiny_peft import quiet_peft
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -148,3 +149,26 @@ def test_the_empty_template_of_peft_is_replaced_but_not_a_card_that_someone_fill
     (tmp_path / "README.md").write_text(template.replace("[More Information Needed]", "Trained by me."))
     with pytest.raises(FileExistsError, match="was not written by kron_hf"):
         write_model_card(adapter, tmp_path)
+
+
+def test_plots_of_benchmarks_are_copied_shown_and_removed_with_the_next_card(model, tmp_path):
+    plot, folder = tmp_path / "speed.png", tmp_path / "model"
+    folder.mkdir()
+    Image.new("RGB", (2, 2)).save(plot)
+    write_model_card(model, folder, plots={"speed": plot, "roofline": str(plot)})
+    card = (folder / "README.md").read_text()
+    assert "over rank and block size](kron_speed.png)" in card
+    assert "](kron_roofline.png)" in card
+    assert (folder / "kron_speed.png").read_bytes() == plot.read_bytes()
+    write_model_card(model, folder, plots={"roofline": folder / "kron_roofline.png"})
+    assert not (folder / "kron_speed.png").exists()
+    assert "kron_speed.png" not in (folder / "README.md").read_text()
+
+
+def test_plots_of_other_names_or_formats_are_refused(model, tmp_path):
+    (tmp_path / "plot.svg").write_text("<svg/>")
+    with pytest.raises(ValueError, match=r"plots must be named speed or roofline, got \['latency'\]"):
+        write_model_card(model, tmp_path, plots={"latency": tmp_path / "plot.svg"})
+    with pytest.raises(ValueError, match="plots must be PNG files, and speed is none"):
+        write_model_card(model, tmp_path, plots={"speed": tmp_path / "plot.svg"})
+    assert not (tmp_path / "README.md").exists()

@@ -54,7 +54,7 @@ def draw_over_sizes(rows: Rows, path: Path, features: tuple[int, int] = SHOWN) -
         axes.set_xlabel(label)
     for axes in panels[0]:
         axes.legend(fontsize=8)
-    figure.suptitle(f"{features[0]} -> {features[1]}, forward + backward; dense is 1")
+    figure.suptitle(f"{features[0]} -> {features[1]}, forward + backward; dense is 1\n{_conditions(rows[0])}")
     figure.savefig(path, dpi=100)
 
 
@@ -107,7 +107,14 @@ def draw_roofline(rows: Rows, roof: Mapping[str, float], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s, forward")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
+    axes.set_title(_conditions(rows[0]), fontsize=10)
     figure.savefig(path, dpi=100)
+
+
+def _conditions(row: Mapping[str, Any]) -> str:
+    """What all rows of a picture were measured under."""
+    threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
+    return f"{row['machine']}{threads}, {row['dtype']}, {row['tokens']:,} tokens"
 
 
 def _point(row: Mapping[str, Any], features: tuple[int, int], prefix: str) -> tuple[float, float]:

@@ -35,7 +35,9 @@ from kron_hf.training_history import curves_of
 
 __all__ = ["MERGE_TOLERANCE", "PICTURES", "write_model_card"]
 
-PICTURES = MASKS, CURVES = ("kron_masks.png", "kron_training.png")
+PICTURES = MASKS, CURVES, *_ = ("kron_masks.png", "kron_training.png", "kron_speed.png", "kron_roofline.png")
+PLOTS = {"speed": PICTURES[2], "roofline": PICTURES[3]}
+PNG = b"\x89PNG\r\n\x1a\n"
 MERGE_TOLERANCE = 1e-9  # in float64, where sums of a few thousand terms agree to 1e-12
 
 
@@ -54,6 +56,7 @@ def write_model_card(
     training: Any = None,
     history: Iterable[Any] | None = None,
     latency: Latency | None = None,
+    plots: Mapping[str, str | Path] | None = None,
     commit: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -78,6 +81,8 @@ def write_model_card(
             is told: no paths, names or tokens.
         history: Trainer's `state.log_history`.
         latency: What `measure_latency` gave.
+        plots: PNG files of benchmarks, "speed" and "roofline", as `python -m examples.benchmarks.report --plots` draws
+            them; they are copied.
         commit: Commit of the code that trained it.
         overwrite: Whether to replace a card that kron_hf did not write. Its own it always replaces.
 
@@ -87,9 +92,10 @@ def write_model_card(
     Raises:
         NotADirectoryError: `directory` is none.
         FileExistsError: There is a README.md from elsewhere.
-        ValueError: Metrics without a data set or that are not finite, or a licence that is no abbreviation.
+        ValueError: Metrics without a data set or that are not finite, a licence that is no abbreviation, or plots of
+            other names or formats.
     """
-    directory = Path(directory)
+    directory, contents = Path(directory), _read_plots(plots or {})
     if not directory.is_dir():
         raise NotADirectoryError(f"a model card needs the directory of a saved model, got {str(directory)!r}")
     if metrics and not dataset:
@@ -115,7 +121,7 @@ def write_model_card(
         "versions": _versions(),
     }
     summary, whole, layers = count(model)
-    drawn = _draw(directory, summary, history)
+    drawn = _draw(directory, summary, history) | _write_plots(directory, contents)
     weights = {file: file_claim(directory / file) for file in claimed_files(directory) if is_weights(file)}
     front = card_data(model, name, measured, base_model=stated["base_model"], license=license)
     figures = figures_section(summary, whole, weights, measured)
@@ -169,6 +175,24 @@ def _draw(directory: Path, summary: KronSummary, history: Iterable[Any] | None) 
     return made
 
 
+def _read_plots(plots: Mapping[str, str | Path]) -> dict[str, bytes]:
+    if unknown := plots.keys() - PLOTS.keys():
+        raise ValueError(f"plots must be named {' or '.join(PLOTS)}, got {sorted(unknown)}")
+    contents = {name: Path(path).read_bytes() for name, path in plots.items()}
+    if wrong := [name for name, content in contents.items() if not content.startswith(PNG)]:
+        raise ValueError(f"plots must be PNG files, and {wrong[0]} is none")
+    return contents
+
+
+def _write_plots(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
+    """Writes those that were given, and removes those of an earlier model."""
+    for name, file in PLOTS.items():
+        (directory / file).unlink(missing_ok=True)
+        if name in contents:
+            (directory / file).write_bytes(contents[name])
+    return {name: PLOTS[name] for name in contents}
+
+
 @cache
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
@@ -205,6 +229,8 @@ def _render(
         figures=figures,
         masks=drawn.get("masks"),
         curves=drawn.get("curves"),
+        speed=drawn.get("speed"),
+        roofline=drawn.get("roofline"),
         latency=latency,
         report=report and fenced(printable(report, keep="\n"), "text"),
         settings=_settings(stated["training"]),
