@@ -39,7 +39,8 @@ def write_cards(folder: Path = FOLDER, *, recipe: Recipe | None = None, write: C
             raise RuntimeError("the card does not hold what it claims")
         target = folder / NAME
         target.mkdir(exist_ok=True)
-        for name in ("README.md", CLAIMS_FILE, *PICTURES):
+        pictures = [name for name in PICTURES if (model_folder / name).is_file()]
+        for name in ("README.md", CLAIMS_FILE, *pictures):
             shutil.copyfile(model_folder / name, target / name)
 
 
