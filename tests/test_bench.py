@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from kron_hf import KronConfig, get_kron_model
 from kron_hf.bench import timing
-from kron_hf.bench.choice import Choice, choose, total_ratio
+from kron_hf.bench.choice import SPEED_UP, Choice, choose, total_ratio
 from kron_hf.bench.layers import ModelLayer, model_layers
 from kron_hf.cli import main
 from kron_hf.ops import backend, cost, gemm
@@ -166,6 +166,15 @@ def test_choices_for_a_device_that_is_not_here(kron_dir, capsys):
     assert "Nothing was measured on devices other than CPUs: this is arithmetic for one of the H200's class" in out
     assert out.count("of dense by arithmetic") == 4
     assert re.search(r"build-w \d+\.\d\d, token-last-b-first \d+\.\d\d, token-last-m-first \d+\.\d\d, fused \d", out)
+
+
+def test_fused_kernels_that_promise_more_than_what_is_taken_are_named():
+    layer = ModelLayer(768, 768, (16, 16), 2, True, ("a",))
+    choice = choose(layer, device_type="cuda", dtype=torch.bfloat16, tokens=4096, training=False)
+    assert choice.costs["fused"] < SPEED_UP <= choice.ratio
+    assert "until they have been measured on a GPU they are taken for large products alone" in str(choice)
+    large = choose(layer, device_type="cuda", dtype=torch.bfloat16, tokens=16384, training=False)
+    assert (large.chosen, large.reason) == ("fused", None)
 
 
 # What is measured

@@ -13,6 +13,10 @@ from kron_hf.ops.gemm import onednn_serves
 __all__ = ["SPEED_UP", "Choice", "choose", "total_ratio"]
 
 SPEED_UP = 0.95  # a layer that is to take more of the dense time than this is no faster: choices are not that exact
+FUSED_NOT_TAKEN = (
+    "the fused kernels promise one, but until they have been measured on a GPU they are taken for large products alone "
+    "(8,192 tokens, blocks of 16 to 32, rank up to a quarter of that); KRON_HF_BACKEND=fused takes them"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def choose(layer: ModelLayer, *, device_type: str, dtype: torch.dtype, tokens: i
         if fused_first(shape):
             chosen, chosen_ratio = ["fused"], costs["fused"]
     reason = None if chosen_ratio < SPEED_UP else _reason(layer, tokens)
+    if reason is not None and costs.get("fused", chosen_ratio) < min(chosen_ratio, SPEED_UP):
+        reason = FUSED_NOT_TAKEN
     forced = "" if forced_backend() is None else " (KRON_HF_BACKEND)"
     of_what = "dense" if device_type == "cpu" else "dense by arithmetic"
     remark = None
