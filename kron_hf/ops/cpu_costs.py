@@ -1,9 +1,10 @@
 """What the steps of a product cost on CPUs, in multiply-adds of a large dense product by all threads together.
 
 Measured on an AVX-512 machine (torch 2.13, MKL); `python -m examples.benchmarks.calibrate` measures them anew and
-prints what would stand here. The costs of floats and of waking threads are those with which the choices come next to
-the best way in `examples/results/benchmarks.jsonl` (suite `paths`): timings of single products depend on where buffers
-lie. Costs by float stand for the traffic, those by entry of W are paid once a call.
+prints what would stand here (`examples/results/cpu_costs.json` is such a run). The costs of floats and of waking
+threads are those with which the choices come next to the best way in `examples/results/benchmarks.jsonl` (suite
+`paths`): timings of single products depend on where buffers lie. Costs by float stand for the traffic, those by entry
+of W are paid once a call.
 """
 
 from typing import NamedTuple
