@@ -162,13 +162,15 @@ class SparsityCallback(StatefulCallback):
         """Warns while there is time to mend it."""
         by_epochs = args.eval_strategy == IntervalStrategy.EPOCH  # then eval_delay counts them
         unit, steps = ("epochs", state.max_steps / state.num_train_epochs) if by_epochs else ("steps", 1)
-        if args.load_best_model_at_end and not self.guarded and args.eval_delay * steps < end_step:
-            warnings.warn(
-                "load_best_model_at_end may end the training with a checkpoint from before the masks freeze, at step "
-                f"{end_step} of {state.max_steps}: pass eval_delay={math.ceil(end_step / steps)} ({unit}) to "
-                "TrainingArguments, so that only later ones are compared",
-                stacklevel=2,
-            )
+        if not args.load_best_model_at_end or self.guarded or args.eval_delay * steps >= end_step:
+            return
+        # Trainer counts endless epochs of data without a length.
+        needed = f"eval_delay={math.ceil(end_step / steps)} ({unit})" if steps >= 1 else "an eval_delay"
+        warnings.warn(
+            "load_best_model_at_end may end the training with a checkpoint from before the masks freeze, at step "
+            f"{end_step} of {state.max_steps}: pass {needed} to TrainingArguments, so that only later ones count",
+            stacklevel=2,
+        )
 
     def _check_final(self, model: nn.Module, frozen: float, state: TrainerState) -> None:
         sparsity, target, l1 = model_sparsity(model), self.options.target_sparsity, self.options.l1

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kron_hf.block_size import resolve_block_size
 from kron_hf.factors import balanced_std, kron_flops, kron_weight, nearest_kronecker
 from kron_hf.ops.autocast import without_autocast
-from kron_hf.ops.autograd_state import transformed
 from kron_hf.ops.folded import Folded
 from kron_hf.sharding import gather, is_sharded, laid_out_as, local, shard_of
 
@@ -285,8 +284,6 @@ class KronLayer(nn.Module, ABC):
             return None
         if torch.compiler.is_exporting():  # with other tensors in the places of the parameters
             return folded if folded.is_current() else None
-        if transformed():
-            return None
         if torch.is_grad_enabled():
             if any(factor.requires_grad for factor in (self.s, self.a, self.b)):
                 self.folded = None  # they may be trained, and torch does not notice the steps of fused optimizers

@@ -85,7 +85,7 @@ def find_targets(model: nn.Module, config: KronConfig, *, compare_cost: bool = T
     if not targets:
         raise ValueError(no_match_message(model, config, skipped))
     if skipped:
-        warnings.warn(f"Left dense: {grouped_reasons(skipped)}", stacklevel=4)
+        warnings.warn(f"Left dense: {grouped_reasons(model, skipped)}", stacklevel=4)
     _warn_unused(model, config, [*(target.name for target in targets), *skipped])
     if compare_cost:
         warn_not_cheaper(targets, stacklevel=4)

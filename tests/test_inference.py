@@ -131,7 +131,10 @@ def test_forward_mode_derivatives_see_the_factors(folded):
     directions = {name: torch.randn_like(value) for name, value in values.items()}
     with torch.no_grad():
         _, found = torch.func.jvp(lambda values: functional_call(layer, values, (x,)), (values,), (directions,))
-    dense = lambda values: nn.functional.linear(x, kron_weight(values["s"], values["a"], values["b"]), values["bias"])  # noqa: E731
+
+    def dense(values):
+        return nn.functional.linear(x, kron_weight(values["s"], values["a"], values["b"]), values["bias"])
+
     values, directions = values | {"s": layer.masked_s()}, directions | {"s": directions["s"] * layer.block_mask}
     _, expected = torch.func.jvp(dense, (values,), (directions,))
     torch.testing.assert_close(found, expected)

@@ -284,6 +284,12 @@ def test_what_is_wrong_with_many_layers_alike_is_said_once():
     assert text.count("does not divide") == 3  # shapes
 
 
+def test_layers_of_which_some_fit_are_named_one_by_one():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, size)) for size in (8, 6, 8, 6)), nn.Linear(6, 8))
+    with pytest.warns(UserWarning, match=r"^Left dense: 1\.0, 3\.0: block_size \(4, 4\) does not divide"):
+        assert names(model, block_size=4) == ["0.0", "2.0"]
+
+
 def test_no_match_on_a_model_without_linears():
     with pytest.raises(ValueError, match=r"none: the model has no nn\.Linear or nn\.Conv2d below its root"):
         names(nn.Linear(16, 16))

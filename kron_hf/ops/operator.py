@@ -118,8 +118,8 @@ def _autocast(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | 
         return _forward_op(*cast)
 
 
-for _device_type in ("CPU", "CUDA", "XPU", "MPS"):
-    _library.impl("kron_linear", _autocast, f"Autocast{_device_type}")
+for _device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "MTIA", "XLA", "PrivateUse1"):
+    _library.impl("kron_linear", _autocast, f"Autocast{_device}")
 
 
 def kron_linear(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

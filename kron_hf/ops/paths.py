@@ -20,9 +20,6 @@ _LAYOUTS: dict[str, type[Layout]] = {"token_major": TokenMajor, "token_last": To
 
 def forward(x: Tensor, s: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + bias`, see `operator.kron_linear`."""
-    if autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x, s, a, b, bias)
     out = _product(_rows(x), a if s is None else s * a, b, bias)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 

@@ -1,4 +1,7 @@
-"""`KronTrainer`: the stock Trainer with the settings that Kronecker layers want."""
+"""`KronTrainer`: the stock Trainer with the settings that Kronecker layers want.
+
+One private method of transformers' Trainer is overridden: `_determine_best_metric`.
+"""
 
 import os
 from collections.abc import Mapping

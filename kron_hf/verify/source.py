@@ -83,7 +83,7 @@ def _load_adapter(directory: Path, claims: Claims | None, base: str | None) -> n
         base_config: Any = read_config(name)
         model_class = model_class_for(base_config, with_head=False)
     else:
-        model_class = getattr(transformers, wanted, None) if str(wanted).isidentifier() else None
+        model_class = getattr(transformers, wanted, None) if isinstance(wanted, str) and wanted.isidentifier() else None
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         source = "adapter_config.json names" if claims is None else "the claims name"
         raise ValueError(f"{source} no model class of transformers: {shown(wanted)}")
